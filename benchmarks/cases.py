@@ -220,6 +220,8 @@ def _import(_place: Place) -> Job:
 
 _EVERYWHERE = frozenset({"1b", "8b", "tiny", DIRECTORY})
 _IN_MEMORY = frozenset({"1b", "tiny", DIRECTORY})
+_COPIED = frozenset({"1b-fp8", "8b-fp8", "1b-nvfp4", "8b-nvfp4"})
+"""Checkpoints whose codes are delivered as they are stored."""
 
 CASES = (
     Case(
@@ -267,7 +269,7 @@ CASES = (
         title="`convert --to modelopt`",
         table=Table.CONVERT,
         clock=Clock.PROCESS,
-        shapes=_EVERYWHERE,
+        shapes=_EVERYWHERE | _COPIED,
         ours=convert_job("modelopt"),
         peers={"cp": _copy},
         moves="modelopt",

@@ -109,7 +109,18 @@ FIGURES = (
         shape="8b",
         metric=Metric.RATIO,
         peer="cp",
-        limit=1.4,
+        limit=1.15,
+    ),
+    *(
+        Figure(
+            what=f"the same of {codes} codes, {size}",
+            case="convert-modelopt",
+            shape=f"8b-{scheme}",
+            metric=Metric.RATIO,
+            peer="cp",
+            limit=1.05,
+        )
+        for scheme, codes, size in (("fp8", "FP8", "9.1 GB"), ("nvfp4", "NVFP4", "6.0 GB"))
     ),
     Figure(
         what="`convert --to dense` of the same against `cp` of the output bytes",
@@ -117,7 +128,7 @@ FIGURES = (
         shape="8b",
         metric=Metric.RATIO,
         peer="cp",
-        limit=3.0,
+        limit=1.15,
     ),
     Figure(
         what="`convert --to dense` of the same against the library's converter",

@@ -1,4 +1,4 @@
-"""Run processes one after another and measure their wall time and their peak anonymous memory.
+"""Run processes one after another and measure their wall time, their processor time and their peak anonymous memory.
 
 The sides of a case run alternately, so that changes of the machine over time affect all of them; every other round runs
 in reverse order. Before each run, outside the timed part, the output of the previous run is deleted, dirty pages are
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -104,6 +105,7 @@ def _environment(job: Job) -> dict[str, str]:
 def run_job(job: Job) -> Sample:
     """Run and measure a job; raises `JobError` with the last line that a failing command printed."""
     seconds, peak, stdout, limit = 0.0, 0, "", int((available_memory() or sys.maxsize) * _MEMORY_SHARE)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for command in job.commands:
         started = time.perf_counter()
         with (
@@ -125,9 +127,14 @@ def run_job(job: Job) -> Sample:
         if process.returncode:
             last_line = (stderr.strip() or stdout.strip() or "nothing printed").splitlines()[-1]
             raise _failed(command, f"exit code {process.returncode}: {last_line[:200]}")
-    facts = _facts(stdout)
+    facts, after = _facts(stdout), resource.getrusage(resource.RUSAGE_CHILDREN)
     return Sample(
-        process_seconds=seconds, call_seconds=facts.pop("seconds", None), peak_anonymous=peak or None, facts=facts
+        process_seconds=seconds,
+        call_seconds=facts.pop("seconds", None),
+        user_seconds=after.ru_utime - before.ru_utime,
+        system_seconds=after.ru_stime - before.ru_stime,
+        peak_anonymous=peak or None,
+        facts=facts,
     )
 
 

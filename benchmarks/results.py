@@ -30,11 +30,14 @@ class Clock(StrEnum):
 class Sample:
     """One run of one side.
 
-    The seconds of a clock that does not apply are None. `facts` are the results that the task itself reported.
+    The seconds of a clock that does not apply are None. `user_seconds` and `system_seconds` are the times that all
+    cores spent for the process outside of the kernel and in it. `facts` are the results that the task itself reported.
     """
 
     process_seconds: float | None = None
     call_seconds: float | None = None
+    user_seconds: float | None = None
+    system_seconds: float | None = None
     peak_anonymous: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -67,6 +70,16 @@ class Side:
         return _median(sample.call_seconds for sample in self.samples)
 
     @property
+    def user_seconds(self) -> float | None:
+        """The median time of all cores in the process, outside of the kernel."""
+        return _median(sample.user_seconds for sample in self.samples)
+
+    @property
+    def system_seconds(self) -> float | None:
+        """The median time of all cores in the kernel, for the process."""
+        return _median(sample.system_seconds for sample in self.samples)
+
+    @property
     def peak_anonymous(self) -> int | None:
         """The highest peak of anonymous memory in all runs, in bytes."""
         return max(
@@ -87,6 +100,8 @@ class Side:
                 "seconds": self.seconds,
                 "process_seconds": [sample.process_seconds for sample in self.samples],
                 "call_seconds": [sample.call_seconds for sample in self.samples],
+                "user_seconds": [sample.user_seconds for sample in self.samples],
+                "system_seconds": [sample.system_seconds for sample in self.samples],
                 "peak_anonymous_bytes": self.peak_anonymous,
                 "facts": self.facts,
                 "failure": self.failure,

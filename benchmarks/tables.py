@@ -108,7 +108,10 @@ def _measured_value(finding: Finding) -> str:
 def _sides(measurements: Iterable[Measurement]) -> Grid:
     """Return the grid with a row for each side of each case."""
     rows = tuple(row for measurement in measurements for row in _rows(measurement))
-    columns = ("what", "checkpoint", "side", "clock", "runs", "median", "ours is", "out", "call alone", "peak memory")
+    columns = (
+        *("what", "checkpoint", "side", "clock", "runs", "median", "ours is", "out", "call alone", "user", "system"),
+        "peak memory",
+    )
     return _without_empty_columns(Grid(columns=columns, rows=rows, words=4))
 
 
@@ -136,10 +139,11 @@ def _rows(measurement: Measurement) -> Iterator[tuple[str, ...]]:
             "" if ratio is None else f"{ratio:.2f} x",
             _throughput(measurement, side),
             _duration(side.call_seconds) if side.clock is Clock.PROCESS and side.call_seconds is not None else "",
+            *(_processor_time(side.clock, seconds) for seconds in (side.user_seconds, side.system_seconds)),
             "" if side.peak_anonymous is None else format_bytes(side.peak_anonymous),
         )
     for name, reason in measurement.skipped.items():
-        yield (title, _checkpoint(measurement), name, reason, "0", *[""] * 5)
+        yield (title, _checkpoint(measurement), name, reason, "0", *[""] * 7)
 
 
 def _checkpoint(measurement: Measurement) -> str:
@@ -181,6 +185,11 @@ def _throughput(measurement: Measurement, side: Side) -> str:
     if not measurement.moved_bytes or not side.seconds:
         return ""
     return f"{measurement.moved_bytes / side.seconds / 1e9:.2f} GB/s"
+
+
+def _processor_time(clock: Clock, seconds: float | None) -> str:
+    """Format the time of all cores; empty where the clock times only a part of the process."""
+    return _duration(seconds) if clock is Clock.PROCESS and seconds is not None else ""
 
 
 def _duration(seconds: float) -> str:

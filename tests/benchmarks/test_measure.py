@@ -62,6 +62,19 @@ def test_all_commands_of_a_job_count(tmp_path: Path) -> None:
     assert done.process_seconds >= 0.2
 
 
+def test_the_processor_time_of_all_commands_is_measured() -> None:
+    """The first command computes in its own code, the second one in the kernel."""
+    of_code = "import time\nwhile time.process_time() < 0.3: sum(range(10000))"
+    of_kernel = "import os, time\nnull = os.open('/dev/zero', 0)\nwhile os.times().system < 0.3: os.read(null, 1 << 24)"
+
+    done = run_job(Job(commands=(python(of_code), python(of_kernel))))
+
+    assert done.user_seconds is not None
+    assert done.system_seconds is not None
+    assert done.user_seconds >= 0.15
+    assert done.system_seconds >= 0.25
+
+
 def test_the_facts_that_a_command_prints_are_kept() -> None:
     done = run_job(Job(commands=(python("print('noise'); print('{\"seconds\": 1.5, \"a\": 2}')"),)))
 

@@ -135,7 +135,13 @@ def report() -> Report:
     """Return a report with made-up numbers, to test its output."""
 
     def side(name: str, seconds: float) -> Side:
-        sample = Sample(process_seconds=seconds, call_seconds=seconds / 2, peak_anonymous=123_000_000)
+        sample = Sample(
+            process_seconds=seconds,
+            call_seconds=seconds / 2,
+            user_seconds=seconds / 4,
+            system_seconds=seconds / 3,
+            peak_anonymous=123_000_000,
+        )
         return Side(name=name, clock=Clock.PROCESS, samples=(sample,))
 
     measured = Measurement(
@@ -170,10 +176,10 @@ def test_every_row_has_a_cell_in_each_column() -> None:
 def test_both_sides_and_skipped_peers_have_a_row() -> None:
     rows = next(grids(report(), Table.CONVERT)).rows
 
-    assert [(row[1], row[2], row[5], row[6], row[7]) for row in rows] == [
-        ("8b, 5.7 GB", "ours", "6.00 s", "", "1.00 GB/s"),
-        ("8b, 5.7 GB", "cp", "5.00 s", "1.20 x", "1.20 GB/s"),
-        ("8b, 5.7 GB", "library", "", "", ""),
+    assert [(row[1], row[2], row[5], row[6], row[7], *row[9:11]) for row in rows] == [
+        ("8b, 5.7 GB", "ours", "6.00 s", "", "1.00 GB/s", "1.50 s", "2.00 s"),
+        ("8b, 5.7 GB", "cp", "5.00 s", "1.20 x", "1.20 GB/s", "1.25 s", "1.67 s"),
+        ("8b, 5.7 GB", "library", "", "", "", "", ""),
     ]
 
 

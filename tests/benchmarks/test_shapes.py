@@ -66,7 +66,22 @@ def test_its_scales_are_valid(tiny: Path) -> None:
     assert verify_checkpoint(tiny).good
 
 
-@pytest.mark.parametrize(("name", "nbytes"), [("1b", 0.76e9), ("8b", 5.7e9)])
+@pytest.mark.parametrize(
+    ("scheme", "mode"), [("fp8", "FP8_PER_CHANNEL_PER_TOKEN"), ("nvfp4", "NVFP4 g16")], ids=["fp8", "nvfp4"]
+)
+def test_other_schemes_are_valid_and_keep_their_codes(tmp_path: Path, scheme: str, mode: str) -> None:
+    assert isinstance(TINY, LlamaShape)
+    replace(TINY, scheme=scheme).write(tmp_path)
+
+    plan = plan_checkpoint(tmp_path, "modelopt")
+
+    assert verify_checkpoint(tmp_path).good
+    assert plan.problems == ()
+    assert {module.delivered_mode for module in plan.modules if module.weight} == {mode}
+    assert plan.stored_bytes == replace(TINY, scheme=scheme).disk_bytes
+
+
+@pytest.mark.parametrize(("name", "nbytes"), [("1b", 0.76e9), ("8b", 5.7e9), ("8b-fp8", 9.1e9), ("8b-nvfp4", 6.0e9)])
 def test_the_shapes_of_the_figures_have_their_sizes(name: str, nbytes: float) -> None:
     assert SHAPES[name].disk_bytes == pytest.approx(nbytes, rel=0.01)
 

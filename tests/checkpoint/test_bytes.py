@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError
 from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.checkpoint import output_files, windows, writer
 from trtllm_ct.checkpoint import reader as reader_module
-from trtllm_ct.checkpoint import windows, writer
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.output_files import Piece, pieces_are_intact
 from trtllm_ct.checkpoint.reader import TensorReader
 from trtllm_ct.checkpoint.transfer import PAGE_BYTES, checksum
 from trtllm_ct.checkpoint.write_plan import WritePlan
-from trtllm_ct.checkpoint.writer import Piece, create_files, pieces_are_intact
+from trtllm_ct.checkpoint.writer import create_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,7 +132,7 @@ class TestPieces:
         plan = WritePlan.of({"a": TensorSpec(DType.U8, (size,))}, size)
         create_files(Folder(directory), plan)
         with pytest.MonkeyPatch.context() as patch, TensorWriter(Folder(directory), plan) as tensor_writer:
-            patch.setattr(writer, "PIECE_BYTES", most * PAGE_BYTES)
+            patch.setattr(output_files, "PIECE_BYTES", most * PAGE_BYTES)
             patch.setattr(writer, "CHUNK_BYTES", PAGE_BYTES)
             ends = sorted({*cuts, size} - {0})
             for begin, end in zip([0, *ends], ends, strict=False):
@@ -145,7 +146,7 @@ class TestPieces:
             part = payload[piece.offset - begin : piece.offset - begin + piece.nbytes]
             assert piece.checksum == checksum(part)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writer, "PIECE_BYTES", most * PAGE_BYTES)
+            patch.setattr(output_files, "PIECE_BYTES", most * PAGE_BYTES)
             assert pieces_are_intact(Folder(directory), pieces)
 
     def test_consecutive_whole_pages_become_one_piece(self, tmp_path: Path) -> None:
@@ -165,8 +166,8 @@ class TestPieces:
             ("b", 64 + PAGE_BYTES, 10, False),
             ("a", 64 + PAGE_BYTES + 1, 10, False),
             ("a", 64, 10, False),
-            ("a", 64 + PAGE_BYTES, writer.PIECE_BYTES - PAGE_BYTES, True),
-            ("a", 64 + PAGE_BYTES, writer.PIECE_BYTES - PAGE_BYTES + 1, False),
+            ("a", 64 + PAGE_BYTES, output_files.PIECE_BYTES - PAGE_BYTES, True),
+            ("a", 64 + PAGE_BYTES, output_files.PIECE_BYTES - PAGE_BYTES + 1, False),
         ],
     )
     def test_only_bytes_that_follow_directly_extend_a_piece(

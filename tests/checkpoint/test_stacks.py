@@ -13,8 +13,9 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.schemes import TensorSpec
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.folder import Folder
+from trtllm_ct.checkpoint.output_files import pieces_are_intact
 from trtllm_ct.checkpoint.write_plan import StackPart, WritePlan
-from trtllm_ct.checkpoint.writer import create_files, pieces_are_intact
+from trtllm_ct.checkpoint.writer import create_files
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -160,7 +160,7 @@ class TestWriteAll:
 
         os.pwrite(descriptor, b"." * 50, 0)
         monkeypatch.setattr(os, "pwrite", stingy)
-        monkeypatch.setattr(transfer, "_WRITE_BYTES", 10)
+        monkeypatch.setattr(transfer, "WRITE_BYTES", 10)
 
         write_all(descriptor, memoryview(varied(nbytes)), 6)
 

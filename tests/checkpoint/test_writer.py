@@ -197,7 +197,7 @@ def test_a_payload_is_written_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
         return pwrite(descriptor, data[:7], offset)
 
     monkeypatch.setattr(os, "pwrite", stingy)
-    monkeypatch.setattr(transfer, "_WRITE_BYTES", 10)
+    monkeypatch.setattr(transfer, "WRITE_BYTES", 10)
     tensor = random_tensor(TensorSpec(DType.BF16, (3, 7)))
 
     write_all(tmp_path, {"a": tensor})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -208,6 +209,46 @@ class TestWhatIsResumed:
         assert _content(tmp_path / "out") == fresh
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_systems_that_can_not_copy_in_the_kernel_write_the_same_and_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    source = write_checkpoint(tmp_path / "source", config=tiny_config(layers=1), scheme="nvfp4").directory
+    fresh = _converted(source, tmp_path / "fresh")
+    caplog.clear()
+    asked = []
+
+    def missing(*_: int) -> int:
+        asked.append(code)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(file_calls, "copy_range", missing)
+
+    assert _converted(source, tmp_path / "out") == fresh
+    assert asked
+    assert caplog.text == ""
+
+
+def test_a_copied_tensor_that_lost_a_byte_is_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal has no checksum of it: a run that resumes compares it with the source."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    source = write_checkpoint(tmp_path / "source", config=tiny_config(layers=2), scheme="nvfp4").directory
+    fresh = _converted(source, tmp_path / "fresh")
+    _interrupted(source, tmp_path / "out", units_done=10)
+    partial = tmp_path / ".out.partial" / "model.safetensors"
+    whole = (tmp_path / "fresh/model.safetensors").read_bytes()
+    left = bytearray(partial.read_bytes())
+    done = [place for place in range(len(whole) - 64, 0, -64) if whole[place : place + 64] == left[place : place + 64]]
+    place = next(place for place in done if any(whole[place : place + 64]))
+    left[place] ^= 1
+    partial.write_bytes(left)
+
+    report = convert_checkpoint(source, tmp_path / "out")
+
+    assert _content(tmp_path / "out") == fresh
+    assert 0 < report.resumed_bytes < report.plan.delivered_bytes
+
+
 def _is_weight(tensor: torch.Tensor) -> bool:
     return tensor.dim() == 2 and tensor.shape[1] > 1
 
@@ -230,7 +271,7 @@ class TestSourceThatChanges:
 
             return shrinking
 
-        for method in ("read", "read_bytes"):
+        for method in ("read", "read_bytes", "read_into"):
             original = getattr(worker.TensorReader, method)
             monkeypatch.setattr(worker.TensorReader, method, then_shrinking(original))
 
@@ -238,6 +279,27 @@ class TestSourceThatChanges:
             convert_checkpoint(source, tmp_path / "out", workers=workers)
 
         assert {fault.where for fault in raised.value.faults} == {"model.safetensors"}
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    @pytest.mark.parametrize("how", ["in the kernel", "through memory"])
+    def test_a_file_that_shrinks_before_it_is_copied_is_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        """The copy ends early in the kernel, and where the system has no such call, when the source is read."""
+        source = write_checkpoint(tmp_path / "source", config=tiny_config(layers=2), scheme="nvfp4").directory
+        copy = file_calls.copy_range
+
+        def shrinking(*arguments: int) -> int:
+            os.truncate(source / "model.safetensors", 4096)
+            if how == "through memory":
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            return copy(*arguments)
+
+        monkeypatch.setattr(file_calls, "copy_range", shrinking)
+
+        with pytest.raises(CatalogError, match=r"model\.safetensors: .* found 4096 bytes"):
+            convert_checkpoint(source, tmp_path / "out")
+
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
     @pytest.mark.parametrize("how", ["replaced", "written to", "removed"])

@@ -21,6 +21,8 @@ remote_code.py  the Python files that a configuration names as code of the model
 write_plan.py   the position of every byte of an output
 stacks.py       collects the matrices of a tensor that is written in another order
 writer.py       write safetensors files, with the tensors in any order
+output_files.py  the files of an output, and whether what was written is still in them
+copies.py       copy tensors from file to file inside the kernel
 transfer.py     copy bytes between files and memory, in chunks
 output.py       an output directory that appears complete or not at all
 output_place.py  where an output goes, and whether a new directory may be put there

@@ -17,6 +17,7 @@ import sys
 __all__ = [
     "allocate",
     "close",
+    "copy_range",
     "exchange",
     "free_bytes",
     "is_movable",
@@ -216,6 +217,16 @@ def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
 def write_at(descriptor: int, data: memoryview, offset: int) -> int:
     """Write at an offset; returns the bytes written."""
     return os.pwrite(descriptor, data, offset)
+
+
+def copy_range(source: int, begin: int, target: int, offset: int, nbytes: int) -> int:
+    """Copy bytes from one open file to another inside the kernel; returns the bytes copied, 0 at the end of the source.
+
+    `begin` is the first byte in the source, and `offset` its place in the target.
+    """
+    if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return os.copy_file_range(source, target, nbytes, begin, offset)
 
 
 def write(descriptor: int, data: bytes) -> int:

@@ -4,7 +4,8 @@ Nothing is copied. A tensor is a view of the kernel's page cache: its bytes are 
 touched, and the kernel can drop them again under memory pressure. A map costs address space, not memory, but a process
 may hold only a limited number of maps, so the reader keeps the most recently used ones. Whole files are mapped, but
 only windows of them where the address space is limited, and for callers whose memory must not grow with the file:
-pages that were touched count as memory of the process while they are mapped.
+pages that were touched count as memory of the process while they are mapped. The latter get small tensors in memory of
+their own, since a new window costs more than a read, and read large ones part by part (`read_into`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.memory_budget import available_memory
 from trtllm_ct.base.regular_files import open_regular
+from trtllm_ct.checkpoint.open_files import OpenFiles
 from trtllm_ct.checkpoint.read_errors import file_changed, read_error
 from trtllm_ct.checkpoint.windows import WINDOW_BYTES, address_limit, map_file, window_of
 from trtllm_ct.layouts.stored_array import StoredArray, numpy_dtype
@@ -40,6 +42,9 @@ _MAX_WINDOW_BYTES = 2 * WINDOW_BYTES
 
 Each thread has a reader, and tensors need room too. To map a window again takes no reading: it is in the file cache.
 """
+
+_READ_BYTES = 2**20
+"""Tensors up to this size are read into memory by readers that were asked for windows."""
 
 _READ_AHEAD_SHARE = 0.5
 """Share of the available memory that read-ahead may fill; the rest is for tensors made from what was read."""
@@ -66,14 +71,16 @@ class TensorReader:
     """Reads tensors of a catalog by name; with `in_windows` it maps windows of files and not whole files.
 
     Only the parts of a tensor that are touched take memory, and clean pages are file cache.
-    Keeps at most `_MAX_OPEN_MAPS` maps and no file descriptor. A tensor keeps the map that it views alive, even after
-    `close`. `bytes_read` counts the payload bytes of all ranges that `read` was called for. Use a reader from one
-    thread only.
+    Keeps at most `_MAX_OPEN_MAPS` maps, and the descriptors of a few files that were read and not mapped. A tensor
+    keeps the map that it views alive, even after `close`. `bytes_read` counts the payload bytes of all ranges that
+    `read` and `read_into` were called for. Use a reader from one thread only.
     """
 
     def __init__(self, catalog: Catalog, *, in_windows: bool = False) -> None:
         self._catalog = catalog
+        self._files = OpenFiles(catalog.directory)
         self._maps: OrderedDict[tuple[str, int, int | None], NDArray[np.uint8]] = OrderedDict()
+        self._reads_small = in_windows
         self._in_windows = in_windows or address_limit() is not None
         self._available: int | None = None
         self._measured_at = -_MEMORY_CHECK_SECONDS
@@ -86,25 +93,28 @@ class TensorReader:
         self.close()
 
     def close(self) -> None:
-        """Release all maps; tensors that were returned stay valid, and a later `read` maps the file again."""
+        """Release all maps and files; tensors that were returned stay valid, and a later `read` opens files again."""
         self._maps.clear()
+        self._files.close()
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> StoredArray:
         """Return the tensor `name`: contiguous, of the dtype and shape in the catalog.
 
         `begin` and `end` are element indices. The caller promises to use no element outside of that range: the others
         are not counted in `bytes_read`, are not read, and may even hold wrong values.
-        The tensor is a view of a private map. Writing to it changes neither the file nor other processes, but it does
-        change what this reader returns for the same bytes while it keeps the map. A payload that is not aligned to its
-        item size is copied.
+        The tensor is a view of a private map, or has memory of its own. Writing to it changes neither the file nor
+        other processes, but it may change what this reader returns for the same bytes while it keeps the map. A payload
+        that is not aligned to its item size is copied.
         Raises `KeyError` for a name that is not in the catalog, and `CatalogError` when the file changed since the
         catalog was read.
         """
         tensor = self._catalog.tensors[name]
+        first, last = _bounds(tensor, begin, end)
+        if not self.is_mapped(name):
+            return self._in_memory(tensor, first, last)
         data = self._data(tensor, 0, tensor.spec.nbytes)
         if len(data) < tensor.spec.nbytes:
             raise file_changed(tensor, f"{len(data)} of them")
-        first, last = _bounds(tensor, begin, end)
         self.bytes_read += last - first
         if tensor.offset % tensor.spec.dtype.itemsize:
             data = _aligned(data, first, last)
@@ -121,6 +131,34 @@ class TensorReader:
             raise file_changed(tensor, f"a file that ends before byte {tensor.offset + begin + nbytes}")
         self.bytes_read += nbytes
         return data.data
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether `read` returns a view of a map, no byte of which was read yet."""
+        return not self._reads_small or self._catalog.tensors[name].spec.nbytes > _READ_BYTES
+
+    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
+        """Fill a buffer with bytes of the tensor `name`, from its byte `begin` on; raises what `read` raises."""
+        tensor, filled = self._catalog.tensors[name], 0
+        try:
+            with self._files.descriptor(tensor.file) as descriptor:
+                while filled < len(buffer):
+                    count = os.preadv(descriptor, [buffer[filled:]], tensor.offset + begin + filled)
+                    if not count:
+                        raise file_changed(
+                            tensor, f"a file that ends before byte {tensor.offset + begin + len(buffer)}"
+                        )
+                    filled += count
+        except OSError as error:
+            raise read_error(tensor, error) from None
+        self.bytes_read += len(buffer)
+
+    def _in_memory(self, tensor: StoredTensor, first: int, last: int) -> StoredArray:
+        """Return a tensor in memory of its own, in which only the bytes from `first` up to `last` are filled in."""
+        import numpy as np
+
+        data = np.empty(tensor.spec.nbytes, np.uint8)
+        self.read_into(tensor.name, first, data.data[first:last])
+        return StoredArray.of_bytes(data.data, tensor.spec)
 
     def prefetch(self, runs: Iterable[Run]) -> int:
         """Ask the kernel to read runs into the file cache in the background; returns the number of bytes requested.

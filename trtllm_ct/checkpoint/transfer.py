@@ -1,20 +1,19 @@
 """Reserve, write, read and checksum bytes of files, in chunks that stay in the processor's cache.
 
 A chunk that was just converted or summed is still in the processor's cache when the kernel copies it into the page
-cache. Data that is only copied is written straight from the memory map of its source, which saves reading it into
-memory first.
+cache. Tensors that are only copied do not come here: see `copies.py`.
 """
 
 from __future__ import annotations
 
 from trtllm_ct.checkpoint import file_calls
 
-__all__ = ["CHUNK_BYTES", "PAGE_BYTES", "checksum", "preallocate", "read_into", "write_all"]
+__all__ = ["CHUNK_BYTES", "PAGE_BYTES", "WRITE_BYTES", "checksum", "preallocate", "read_into", "write_all"]
 
 CHUNK_BYTES = 2**21
 """How many bytes are converted or summed at once: about the size of a core's second-level cache."""
 
-_WRITE_BYTES = 2**17
+WRITE_BYTES = 2**17
 """How many bytes are passed to the kernel in one call.
 
 The kernel allocates memory for all of them in one block if it can. Small blocks were in use a moment ago; large ones
@@ -40,7 +39,7 @@ def preallocate(descriptor: int, nbytes: int) -> None:
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of `data` to a file at `offset`; repeats the call as long as the system accepts only a part."""
     while data:
-        written = file_calls.write_at(descriptor, data[:_WRITE_BYTES], offset)
+        written = file_calls.write_at(descriptor, data[:WRITE_BYTES], offset)
         data, offset = data[written:], offset + written
 
 

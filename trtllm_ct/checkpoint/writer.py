@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import OrderedDict
-from dataclasses import dataclass
+from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.catalog import INDEX_FILE
+from trtllm_ct.checkpoint.copies import copy_stretch, stretches
 from trtllm_ct.checkpoint.folder import Folder
 from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.output_errors import NO_ROOM
+from trtllm_ct.checkpoint.output_files import OutputFiles, Piece, pieces_of
+from trtllm_ct.checkpoint.read_errors import read_error
 from trtllm_ct.checkpoint.stacks import StackEntries
-from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, PAGE_BYTES, checksum, preallocate, read_into, write_all
+from trtllm_ct.checkpoint.transfer import CHUNK_BYTES, checksum, preallocate, read_into, write_all
 from trtllm_ct.checkpoint.write_plan import WritePlan
 
 if TYPE_CHECKING:
@@ -31,51 +33,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from trtllm_ct.base.schemes import TensorSpec
+    from trtllm_ct.checkpoint.copies import Copied
+    from trtllm_ct.checkpoint.open_files import OpenFiles
     from trtllm_ct.checkpoint.write_plan import PlannedFile
     from trtllm_ct.layouts.stored_array import StoredArray
 
 __all__ = [
-    "Piece",
     "ShardedWriter",
     "TensorWriter",
     "create_files",
     "file_locks",
-    "pieces_are_intact",
     "require_room",
     "write_index",
 ]
 
-PIECE_BYTES = 8 * 2**20
-"""Largest size of a piece: small enough to be read at once, and large enough to keep journals short."""
-
-_MAX_OPEN_FILES = 16
-
 _BLOCK_BYTES = 512
 """The unit of `st_blocks`, whatever the file system's blocks are."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A contiguous range of at most `PIECE_BYTES` that was written: its place, and its `transfer.checksum`."""
-
-    file: str
-    offset: int
-    nbytes: int
-    checksum: int
-
-    def is_continued_by(self, file: str, offset: int, nbytes: int) -> bool:
-        """Whether `nbytes` bytes at `offset` of `file` can be added to this piece.
-
-        They must follow it directly, it must end with a whole page so that checksums add up, and the result must not be
-        longer than `PIECE_BYTES`.
-        """
-        follows = (file, offset) == (self.file, self.offset + self.nbytes)
-        return follows and self.nbytes % PAGE_BYTES == 0 and self.nbytes + nbytes <= PIECE_BYTES
-
-    def extended_by(self, data: memoryview) -> Piece:
-        """Return this piece extended by `data`, the bytes that follow it."""
-        total = (self.checksum + checksum(data, self.nbytes // PAGE_BYTES)) % 2**64
-        return Piece(file=self.file, offset=self.offset, nbytes=self.nbytes + len(data), checksum=total)
 
 
 def create_files(folder: Folder, plan: WritePlan) -> None:
@@ -132,35 +105,20 @@ def write_index(folder: Folder, plan: WritePlan) -> None:
         folder.write(INDEX_FILE, plan.index.encode())
 
 
-def pieces_are_intact(folder: Folder, pieces: Iterable[Piece]) -> bool:
-    """Whether the files of a folder still hold all pieces unchanged; reads them and compares checksums."""
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    with _OpenFiles(folder, os.O_RDONLY) as files:
-        try:
-            for piece in pieces:
-                data = buffer[: piece.nbytes]
-                nbytes = read_into(files[piece.file], data, piece.offset)
-                if nbytes < piece.nbytes or checksum(data) != piece.checksum:
-                    return False
-        except OSError:
-            return False
-    return True
-
-
 class TensorWriter:
     """Writes tensors into the files of a plan, which `create_files` created. Use a writer from one thread only.
 
     Several writers may fill the same files at once, each with its own tensors. Writers of one process share `locks`,
     one lock per file: the kernel lets only one thread at a time write to a file, and without locks the other threads
-    would not sleep while they wait but keep a core busy. `pieces` holds all ranges of bytes that were written, in
-    order. Memory: one entry of a stacked tensor, see `StackPart`. At most 16 files are open at a time; leaving the
-    context closes them.
+    would not sleep while they wait but keep a core busy. `pieces` holds all ranges of bytes that were written and not
+    only copied, in order. Memory: one entry of a stacked tensor, see `StackPart`. At most 16 files are open at a time;
+    leaving the context closes them.
     """
 
     def __init__(self, folder: Folder, plan: WritePlan, locks: Mapping[str, Lock] | None = None) -> None:
         self._plan = plan
         self._locks = file_locks(plan) if locks is None else locks
-        self._files = _OpenFiles(folder, os.O_WRONLY)
+        self._files = OutputFiles(folder, os.O_WRONLY)
         self._written: dict[str, list[tuple[int, int]]] = {}
         self._entries = StackEntries()
         self.pieces: list[Piece] = []
@@ -207,6 +165,28 @@ class TensorWriter:
         while data:
             self._put(name, begin, data[:CHUNK_BYTES])
             data, begin = data[CHUNK_BYTES:], begin + CHUNK_BYTES
+
+    def copy(self, copied: Collection[Copied], sources: OpenFiles, *, recorded: bool = False) -> None:
+        """Copy whole tensors from source files to their places.
+
+        They are not in `pieces`, because the source holds the same; with `recorded` they are, for a source that is
+        removed later.
+        Raises `CatalogError` when a source file can't be read, and `ValueError` for a tensor that is unknown, stacked
+        or was written before.
+        """
+        for name, _, _ in copied:
+            if name not in self._plan.places or name in self._plan.stacks:
+                raise ValueError(f"{name} has no place of its own among the planned tensors")
+            self._claim(name, 0, self._plan.places[name].spec.nbytes)
+        for stretch in stretches(copied, self._plan.places):
+            with ExitStack() as opened:
+                try:
+                    source = opened.enter_context(sources.descriptor(stretch.source))
+                except OSError as error:
+                    raise read_error(stretch.stored[0], error) from None
+                copy_stretch(stretch, source, self._files[stretch.file], self._locks[stretch.file])
+                if recorded:
+                    self.pieces += pieces_of(stretch, source)
 
     def is_complete(self, name: str) -> bool:
         """Whether every byte of a tensor was written by this writer."""
@@ -289,34 +269,6 @@ class ShardedWriter:
         self.close()
         write_index(self._folder, self._plan)
         return self._plan.file_names
-
-
-class _OpenFiles:
-    """File descriptors by file name, opened on demand; the least recently used one is closed to make room."""
-
-    def __init__(self, folder: Folder, flags: int) -> None:
-        self._folder = folder
-        self._flags = flags
-        self._descriptors: OrderedDict[str, int] = OrderedDict()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all descriptors."""
-        while self._descriptors:
-            file_calls.close(self._descriptors.popitem()[1])
-
-    def __getitem__(self, file: str) -> int:
-        if file not in self._descriptors:
-            if len(self._descriptors) >= _MAX_OPEN_FILES:
-                file_calls.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[file] = file_calls.open_file(file, self._folder.descriptor, self._flags)
-        self._descriptors.move_to_end(file)
-        return self._descriptors[file]
 
 
 def _is_created(folder: Folder, file: PlannedFile) -> bool:

@@ -17,7 +17,6 @@ from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.plan_rows import delivered_rows, stored_rows
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
-from trtllm_ct.pipeline.alternatives import elsewhere_text
 from trtllm_ct.plan.checks import checks_text
 from trtllm_ct.plan.verdict import family_note, largest_cost, rank_text, verdict
 
@@ -140,6 +139,8 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
 
 def _elsewhere(found: Sequence[ServedOn]) -> RenderableType:
     """Return the sentence about releases and GPUs, and a table of them; the first one is that of the inspection."""
+    from trtllm_ct.pipeline.alternatives import elsewhere_text
+
     table = fitted_table("release", "GPUs", "keep their codes", "computed otherwise", "bytes", "problems")
     for served in found:
         gpus = f"SM{served.sm}" if served.sm else "all"

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.checkpoint.manifest import MANIFEST
+from trtllm_ct.checkpoint.output_files import Piece
 from trtllm_ct.checkpoint.work_folder import JOURNAL, JOURNAL_BYTES, files_line, known_files, require_no_other_files
-from trtllm_ct.checkpoint.writer import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Collection
