@@ -17,14 +17,21 @@ from trtllm_ct.cli.options import (
     AskedSm,
     AskedTensorParallel,
     CalibrationOption,
+    Carry,
     Directory,
     DirectoryTarget,
-    ExecutorName,
+    Executor,
+    Force,
     Html,
     Json,
+    Keep,
+    MaxShardSize,
+    NoSync,
+    Overwrite,
     RequantizeOption,
     SourcePlace,
     Strict,
+    Workers,
     asked_parallel,
     parse_size,
     takes_plan_options,
@@ -47,36 +54,14 @@ def convert(
     *,
     asked: PlanArguments,
     strict: Strict = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an OUT that this command wrote earlier, at the end.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="With --overwrite: replace any model directory.", show_default=False)
-    ] = False,
-    no_sync: Annotated[
-        bool, typer.Option("--no-sync", help="Don't wait for the disk; a power cut may then leave OUT full of zeros.")
-    ] = False,
-    carry: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Copy side files of this pattern too, such as 'assets/*'; may be repeated.", metavar="PATTERN"
-        ),
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a repository: the most bytes of downloaded weights on the disk; by default 20GB, or what a module "
-            "needs.",
-            show_default=False,
-        ),
-    ] = None,
-    executor: Annotated[
-        ExecutorName, typer.Option(help="Run the work in threads of this process, or in the ranks that mpirun started.")
-    ] = THREADS,
-    workers: Annotated[
-        int | None, typer.Option(help="Number of threads; by default one for each core.", show_default=False)
-    ] = None,
+    overwrite: Overwrite = False,
+    force: Force = False,
+    no_sync: NoSync = False,
+    carry: Carry = None,
+    max_shard_size: MaxShardSize = "5GB",
+    keep: Keep = None,
+    executor: Executor = THREADS,
+    workers: Workers = None,
     html: Html = None,
     as_json: Json = False,
 ) -> None:
@@ -89,8 +74,6 @@ def convert(
 
     check_page_place(html)
     asked["strict"] = strict
-    max_shard_bytes = parse_size(max_shard_size)
-    kept_bytes = None if keep is None else parse_size(keep, "--keep")
     with going_on_from(what_is_left(out)), conversion_progress() as (on_start, on_download):
         conversion = convert_checkpoint(
             directory,
@@ -100,8 +83,8 @@ def convert(
             carry=carry or (),
             force=force,
             sync=not no_sync,
-            max_shard_bytes=max_shard_bytes,
-            keep=kept_bytes,
+            max_shard_bytes=parse_size(max_shard_size),
+            keep=None if keep is None else parse_size(keep, "--keep"),
             executor=executor,
             workers=workers,
             on_start=on_start,

@@ -42,17 +42,23 @@ __all__ = [
     "AskedSm",
     "AskedTensorParallel",
     "CalibrationOption",
+    "Carry",
     "Chat",
     "DenseDtypeOption",
     "DenseOutput",
     "Directory",
     "DirectoryTarget",
-    "ExecutorName",
+    "Executor",
     "ExpertParallel",
     "ForEngine",
     "ForSm",
+    "Force",
     "Html",
     "Json",
+    "Keep",
+    "MaxShardSize",
+    "NoSync",
+    "Overwrite",
     "PipelineParallel",
     "Place",
     "RequantizeOption",
@@ -63,6 +69,7 @@ __all__ = [
     "Temperature",
     "TensorParallel",
     "Untested",
+    "Workers",
     "asked_parallel",
     "name_filter",
     "parallel_of",
@@ -188,6 +195,34 @@ CalibrationOption = Annotated[
         help=f"Scales of inputs, as `calibrate` writes them, for {' and '.join(_CALIBRATED)}.",
         show_default=False,
     ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an OUT that this command wrote earlier, at the end.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="With --overwrite: replace any model directory.", show_default=False)
+]
+NoSync = Annotated[
+    bool, typer.Option("--no-sync", help="Don't wait for the disk; a power cut may then leave OUT full of zeros.")
+]
+Carry = Annotated[
+    list[str] | None,
+    typer.Option(help="Copy side files of this pattern too, such as 'assets/*'; may be repeated.", metavar="PATTERN"),
+]
+MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a repository: the most bytes of downloaded weights on the disk; by default 20GB, or what a module "
+        "needs.",
+        show_default=False,
+    ),
+]
+Executor = Annotated[
+    ExecutorName, typer.Option(help="Run the work in threads of this process, or in the ranks that mpirun started.")
+]
+Workers = Annotated[
+    int | None, typer.Option(help="Number of threads; by default one for each core.", show_default=False)
 ]
 Chat = Annotated[
     bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template of the tokenizer, if any.")
