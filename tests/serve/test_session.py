@@ -424,7 +424,7 @@ def test_the_model_is_checked_against_the_plan_loaded_last(made: Path, draft: Pa
         session.load(directory)
         with pytest.raises(LoadError) as caught:
             session.check(BuiltModel(), {})
-        plan = OPTIONS.plan(open_checkpoint(Sidecar.open(directory).source))
+        plan = open_checkpoint(Sidecar.open(directory).source).plan_for(OPTIONS)
         assert {fault.where for fault in caught.value.faults} == {each.name for each in plan.modules if each.weight}
 
 
