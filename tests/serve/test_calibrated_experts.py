@@ -203,6 +203,7 @@ def test_the_tensors_are_those_of_a_checkpoint_that_was_stored_with_static_input
     assert configs[1]["planned_for"]["requantized"] == {"experts": "w4a8-awq"}
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     ("form", "sm", "export"), [("w4a8-awq", 90, "W4A8_AWQ_BETA_CFG"), ("nvfp4-w4a4", 100, "NVFP4_DEFAULT_CFG")]
 )
