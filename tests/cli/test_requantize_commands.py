@@ -77,7 +77,7 @@ def test_what_is_calibrated_is_converted_verified_and_measured(tmp_path: Path, t
     source = write_checkpoint(tmp_path / "in", config=config, scheme=schemes, tokenizer=True).directory
     scales, out = tmp_path / "scales.safetensors", tmp_path / "out"
     asked = ("--requantize", "experts=w4a8-awq", "--calibration", scales)
-    listed = "--requantize experts=w4a8-awq: 3.1 MB -> 848.1 kB, exact codes, static fp8 inputs"
+    listed = "--requantize experts=w4a8-awq: 3.1 MB -> 848.1 kB, exact codes, static fp8"
     assert listed in run_cli("inspect", source, "--sm", 90).out
 
     measured = run_cli("calibrate", source, scales, "--text", text, "--json").document
@@ -95,6 +95,17 @@ def test_what_is_calibrated_is_converted_verified_and_measured(tmp_path: Path, t
     assert "input_scale" in other.out
     models = run_cli("perplexity", source, out, "--text", text, "--json").document["models"]
     assert 0 < models[1]["difference"] < 0.1
+
+
+@pytest.mark.parametrize(("engine", "shown"), [("1.2", True), ("1.3", False)])
+def test_coarser_inputs_are_offered_only_where_the_same_codes_have_no_other_kernel(
+    mixture: Path, engine: str, shown: bool
+) -> None:
+    options = ("inspect", mixture, "--sm", 100, "--engine", engine)
+
+    assert ("experts=nvfp4-w4a4: " in run_cli(*options).out) == shown
+    listed = run_cli(*options, "--json").document["requantizations"]
+    assert {one["option"]: one["needs_calibration"] for one in listed}["experts=nvfp4-w4a4"]
 
 
 @pytest.mark.reference

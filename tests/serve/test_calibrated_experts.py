@@ -203,6 +203,28 @@ def test_the_tensors_are_those_of_a_checkpoint_that_was_stored_with_static_input
     assert configs[1]["planned_for"]["requantized"] == {"experts": "w4a8-awq"}
 
 
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("form", "sm", "export"), [("w4a8-awq", 90, "W4A8_AWQ_BETA_CFG"), ("nvfp4-w4a4", 100, "NVFP4_DEFAULT_CFG")]
+)
+def test_names_and_dtypes_are_those_of_real_exports(
+    tmp_path: Path, shared: Path, form: str, sm: int, export: str
+) -> None:
+    """The tensors of an expert's down projection are those that ModelOpt writes for that of an MLP."""
+    built = write(tmp_path / "in")
+    calibrated(built, tmp_path / "scales")
+    asked = asked_requantization(f"experts={form}", tmp_path / "scales")
+    convert_checkpoint(built.directory, tmp_path / "out", sm=sm, requantize=asked)
+
+    def described(directory: Path, module: str) -> dict[str, tuple[torch.dtype, int]]:
+        tensors = load_file(directory / "model.safetensors")
+        named = {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items() if module in name}
+        return {local: (tensor.dtype, tensor.dim()) for local, tensor in named.items()}
+
+    real = described(shared / "modelopt-exports" / export, "model.layers.0.mlp.down_proj")
+    assert described(tmp_path / "out", "model.layers.0.mlp.experts.1.down_proj") == real
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize(("form", "generation", "sm"), PLACES[1::3])
 def test_the_reference_engine_computes_what_the_double_does(

@@ -188,13 +188,15 @@ def _costs(checkpoint_plan: Plan, alternative: str = "") -> Iterator[RenderableT
     """Yield what costs most, what would avoid it, and the bytes of one rank; see `verdict.py`."""
     texts = (largest_cost(checkpoint_plan), alternative, rank_text(checkpoint_plan))
     yield from (_line(f"  {text}") for text in texts if text)
+    wide = {(choice.what, choice.coded_form) for choice in checkpoint_plan.choices if not choice.calibrated}
     for choice in checkpoint_plan.choices:
+        if choice.calibrated and (choice.what, choice.coded_form) in wide:
+            continue  # The same codes with coarser inputs; `--json` lists it.
         now, then = format_bytes(choice.dense_bytes), format_bytes(choice.coded_bytes)
         inputs = choice.activations.partition(" ")[0]
         rank = f", {format_bytes(checkpoint_plan.rank_bytes_with(choice))} a rank" if rank_text(checkpoint_plan) else ""
-        static = "static " if choice.form.input_divisor is not None else ""
         exact = "exact codes" if choice.form.keeps_codes else f"error ~{choice.form.usual_error:.1%}"
-        error = f"{exact}, {static}{inputs} inputs"
+        error = f"{exact}, static {inputs}" if choice.calibrated else f"{exact}, {inputs} inputs"
         yield _line(f"  --requantize {choice.what}={choice.form.name}: {now} -> {then}{rank}, {error}")
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.json_form import json_object
 
 if TYPE_CHECKING:
+    from trtllm_ct.base.dtypes import DType
+    from trtllm_ct.base.schemes import Element
     from trtllm_ct.engine.requantization import Form
 
 __all__ = ["Choice"]
@@ -30,6 +32,16 @@ class Choice:
     dense_bytes: int
     coded_bytes: int
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether its kernels read static scales of inputs, which a calibration gives."""
+        return self.form.input_divisor is not None
+
+    @property
+    def coded_form(self) -> tuple[Element, DType]:
+        """The dtypes of codes and scales: choices that have them in common differ in activations only."""
+        return self.form.element, self.form.scale_dtype
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         return json_object(
@@ -42,6 +54,6 @@ class Choice:
                 "coded_bytes": self.coded_bytes,
                 "usual_error": self.form.usual_error,
                 "largest_error": self.form.largest_error,
-                "needs_calibration": self.form.input_divisor is not None,
+                "needs_calibration": self.calibrated,
             }
         )
