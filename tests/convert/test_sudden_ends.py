@@ -385,10 +385,16 @@ main()
         assert (done.returncode, done.stderr) == (code, f"Interrupted by {number.name}.\n")
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_a_signal_is_not_lost_in_code_that_can_not_raise(self, number: signal.Signals, code: int) -> None:
+    @pytest.mark.parametrize("again", [0, 0.01])
+    def test_a_signal_is_not_lost_in_code_that_can_not_raise(
+        self, number: signal.Signals, code: int, again: float
+    ) -> None:
+        """Nor in the hook that is called for it: at once, the signal comes again before that has returned."""
         program = f"""
 import os, time
+from trtllm_ct.cli import interrupts
 from trtllm_ct.cli.interrupts import ending_on_signals
+interrupts._AGAIN_SECONDS = {again}
 class Freed:
     def __del__(self):
         os.kill(os.getpid(), {number})

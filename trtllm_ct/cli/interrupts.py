@@ -10,9 +10,11 @@ This file imports as little as it can: before it is there, a signal does what Py
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import time
 
 TYPE_CHECKING = False  # `typing` takes longer to import than all of this.
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class ending_on_signals:  # noqa: N801 (used like a function, and `contextlib` w
         except ValueError:
             self._before = {}  # Only the main thread gets signals.
             return
-        sys.unraisablehook = self._raise_again
+        sys.unraisablehook = self.raise_again
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: TracebackType | None) -> None:
         sys.unraisablehook = self._hook
@@ -73,17 +75,18 @@ class ending_on_signals:  # noqa: N801 (used like a function, and `contextlib` w
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
-    def _raise_again(self, unraisable: sys.UnraisableHookArgs) -> None:
+    def raise_again(self, unraisable: sys.UnraisableHookArgs) -> None:
         """Send the signal again if it came in code that can't raise, as when Python frees an object."""
         interrupted = unraisable.exc_value
         if not isinstance(interrupted, Interrupted):
             self._hook(unraisable)
             return
-        import threading
-
         for number in _SIGNALS:
             signal.signal(number, _raise)
-        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), interrupted.number)).start()
+        _send_again(interrupted.number)
+
+
+_HOOK = ending_on_signals.raise_again.__code__
 
 
 class going_on_from:  # noqa: N801 (as above)
@@ -129,7 +132,23 @@ def _end_job(number: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def _raise(number: int, _frame: FrameType | None) -> None:
+def _send_again(number: int) -> None:
+    """Send a signal to this process a moment later, from a thread: without `threading`, whose locks may be held."""
+    _thread.start_new_thread(_send_later, (number,))
+
+
+def _send_later(number: int) -> None:
+    time.sleep(_AGAIN_SECONDS)
+    os.kill(os.getpid(), number)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    """Raise `Interrupted`; later, if this signal came in the hook of code that can't raise, which can't either."""
+    while frame is not None:
+        if frame.f_code is _HOOK:
+            _send_again(number)
+            return
+        frame = frame.f_back
     for signal_number in _SIGNALS:
         signal.signal(signal_number, signal.SIG_DFL)
     raise Interrupted(number)
