@@ -119,21 +119,20 @@ class _Handler(BaseHTTPRequestHandler):
             status = hub.statuses.pop(0) if hub.statuses else 0
             hub.at_once += 1
             hub.most_at_once = max(hub.most_at_once, hub.at_once)
-        try:
-            time.sleep(hub.latency)
-            if status:
-                self._refuse(status, {"Retry-After": "0"})
-            elif self.host == "store":
-                self._send_file(Path(path))
-            elif match := _API.fullmatch(urlsplit(self.path).path):
-                self._list(match["name"], unquote(match["revision"]))
-            elif match := _FILE.fullmatch(path):
-                self._resolve(match["name"], match["revision"], match["path"])
-            else:
-                self._refuse(404, {})
-        finally:
-            with hub.lock:
-                hub.at_once -= 1
+        time.sleep(hub.latency)
+        # Before the answer: a client that has it may send the next request first.
+        with hub.lock:
+            hub.at_once -= 1
+        if status:
+            self._refuse(status, {"Retry-After": "0"})
+        elif self.host == "store":
+            self._send_file(Path(path))
+        elif match := _API.fullmatch(urlsplit(self.path).path):
+            self._list(match["name"], unquote(match["revision"]))
+        elif match := _FILE.fullmatch(path):
+            self._resolve(match["name"], match["revision"], match["path"])
+        else:
+            self._refuse(404, {})
 
     def _repository(self, name: str) -> _Repository | None:
         """Return a repository that the token may read; None after a refusal."""
