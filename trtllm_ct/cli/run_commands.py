@@ -104,7 +104,7 @@ def calibrate(
     window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 1024,
     as_json: Json = False,
 ) -> None:
-    """Measure the static scales of inputs on a text, for --calibration.
+    """Measure scales of inputs on a text, for --calibration.
 
     Runs the reference engine on the CPU, and writes the largest magnitude of the input of each Linear, over 448.
     """
