@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from browser import find_browser
+from fewer_combinations import left_out
 from hypothesis import HealthCheck, settings
 from installed_library import has_library, writes_sparse_files
 from installed_transformers import has_newest_transformers
 from other_user import IS_ROOT
-from pairs import left_out
 
 from trtllm_ct.checkpoint import file_calls
 from trtllm_ct.layouts.loops import code_cache
@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-combination",
         action="store_true",
-        help="run every combination of parameters of the tests marked `pairs`, not a choice with every pair of values",
+        help="run every combination of parameters of the tests marked `pairs` or `values`, not a choice",
     )
 
 
