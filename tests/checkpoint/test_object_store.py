@@ -159,3 +159,26 @@ def test_a_file_that_was_written_anew_is_another_version(tmp_path: Path) -> None
         fsspec.filesystem("memory").pipe_file(file, (directory / "model-00001-of-00002.safetensors").read_bytes())
 
     assert versions[0] != versions[1]
+
+
+@pytest.mark.parametrize("name", ["../LICENSE", "../../LICENSE", "./LICENSE", "a//LICENSE", "a/../../../LICENSE"])
+def test_an_object_whose_key_leads_out_of_the_folder_is_no_file_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A store takes any text as a key; whoever fills a bucket could name files of this machine."""
+    directory = write_checkpoint(tmp_path / "made", scheme="int4-g32").directory
+    url = put(directory)
+    store = fsspec.filesystem("memory")
+    find, cat_file, folder = store.find, store.cat_file, url.removeprefix("memory:/")
+    evil = f"{folder}/{name}"
+    monkeypatch.setattr(
+        type(store), "find", lambda _, *args, **options: {**find(*args, **options), evil: {"name": evil, "size": 4}}
+    )
+    monkeypatch.setattr(
+        type(store), "cat_file", lambda _, path, **part: b"evil" if path == evil else cat_file(path, **part)
+    )
+
+    trtllm_ct.convert_checkpoint(url, tmp_path / "there", carry=["*"])
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "there"]
+    assert not list(tmp_path.rglob("LICENSE"))

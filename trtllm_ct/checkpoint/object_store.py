@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, HubError, MissingDependencyError, TrtllmCtError
 from trtllm_ct.base.packages import PACKAGES
-from trtllm_ct.checkpoint.remote import RemoteFolder
+from trtllm_ct.checkpoint.remote import RemoteFolder, is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,9 @@ def open_url(url: str) -> Source:
     except Exception as error:
         raise _error(url, "a folder that can be listed", error) from error
     start = f"{path.rstrip('/')}/"
-    sizes = {name.removeprefix(start): entry["size"] for name, entry in found.items() if name.startswith(start)}
+    names = [path.removeprefix(start) for path in found if path.startswith(start)]
+    # The key of an object may be any text. What leads out of the folder is no file of it.
+    sizes = {name: found[start + name]["size"] for name in names if is_inside(name)}
     if not sizes:
         raise _error(url, "a folder with files", FileNotFoundError("none"))
     versions = {name: sha256(repr(sorted(found[start + name].items())).encode()).hexdigest() for name in sizes}
