@@ -53,6 +53,9 @@ WRONG: dict[str, Tensor] = {
     "negative": torch.tensor(-1.0),
     "nan": torch.tensor(torch.nan),
     "inf": torch.tensor(torch.inf),
+    "subnormal": torch.tensor(2.0**-149),
+    "too small": torch.tensor(2.0**-126),
+    "too large": torch.tensor(torch.finfo(torch.float32).max),
     "rows": torch.ones(2),
     "empty": torch.ones(0),
     "codes": torch.ones((), dtype=torch.int32),
@@ -122,6 +125,24 @@ def test_scales_that_the_checkpoint_stores_need_no_file(tmp_path: Path) -> None:
     plan = checkpoint.plan(sm=100, requantize=asked)
     given = {delivery.name: delivery.operation for delivery in plan.module(name).deliveries}[f"{name}.input_scale"]
     assert given.value == pytest.approx(own / 2, rel=1e-6)  # type: ignore[attr-defined]
+
+
+def test_a_scale_of_the_file_goes_before_a_stored_one_under_another_name(tmp_path: Path) -> None:
+    """As of a LoRA wrapper, whose names nobody else uses: two scales of one module, and the user's is the last word."""
+    config = tiny_config("Qwen3MoeForCausalLM", hidden=256, moe_intermediate_size=256)
+    schemes = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int4-g128-fp8-static")
+    built = write_checkpoint(tmp_path / "in", config=config, scheme=schemes)
+    name = "model.layers.1.mlp.experts.2.down_proj"
+    path = built.directory / "model.safetensors"
+    stored = {key.replace(f"{name}.", f"{name}.base_layer."): tensor for key, tensor in load_file(path).items()}
+    save_file(stored, path)
+    write_calibration(tmp_path / "scales", {name: 48.0})
+
+    asked = asked_requantization("experts=nvfp4-w4a4", tmp_path / "scales")
+    plan = open_checkpoint(built.directory).plan(sm=100, requantize=asked)
+
+    given = {delivery.name: delivery.operation for delivery in plan.module(name).deliveries}[f"{name}.input_scale"]
+    assert given.value == 8.0  # type: ignore[attr-defined]
 
 
 def test_a_stored_scale_that_is_none_is_refused_only_if_it_is_read(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ LARGEST_E4M3 = 448.0
 class Calibration:
     """The scale of the input of each module, by the module's name in the files or in the model; all are positive.
 
-    `place` is the name of the file that they are from, for messages.
+    `stored` are the scales that the checkpoint itself has, for modules without one in `scales`. `place` is the name of
+    the file that `scales` are from, for messages.
     """
 
     scales: Mapping[str, float] = field(default_factory=dict, hash=False)
+    stored: Mapping[str, float] = field(default_factory=dict, hash=False)
     place: str = ""
 
     def largest(self, modules: Iterable[Iterable[str]]) -> float | None:
@@ -32,9 +34,13 @@ class Calibration:
 
         None if one of them has none: kernels read one scale for all.
         """
-        found = [next((self.scales[name] for name in names if name in self.scales), None) for names in modules]
+        found = [self._scale(tuple(names)) for names in modules]
         scales = [scale for scale in found if scale is not None]
         return max(scales) if scales and len(scales) == len(found) else None
+
+    def _scale(self, names: tuple[str, ...]) -> float | None:
+        """Return the scale of a module by any of its names."""
+        return next((scales[name] for scales in (self.scales, self.stored) for name in names if name in scales), None)
 
 
 NOT_CALIBRATED = Calibration()

@@ -11,7 +11,6 @@ import json
 import os
 import struct
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +37,9 @@ __all__ = [
     "with_own_scales",
     "write_calibration",
 ]
+
+_LEAST, _LARGEST = 2.0**-100, 2.0**100
+"""Between them, neither a scale over the divisor of a form nor its reciprocal leaves the normal numbers of float32."""
 
 _DTYPES = frozenset({DType.F32, DType.F16, DType.BF16})
 _SUFFIX = f".{INPUT_SCALE}"
@@ -71,7 +73,7 @@ def read_calibration(path: str | Path) -> Calibration:
     """Read the scales in a safetensors file.
 
     Raises `UsageError` if there is no such file, `CatalogError` for a damaged one, and `PayloadError` with all faults
-    of its scales: another dtype, several elements, and numbers that are not finite or not positive.
+    of its scales: another dtype, several elements, and numbers that are not positive or beyond all that inputs have.
     """
     path = Path(path)
     try:
@@ -88,7 +90,7 @@ def read_calibration(path: str | Path) -> Calibration:
 
 
 def with_own_scales(asked: Requantize, catalog: Catalog) -> Requantize:
-    """Return what was asked for, with the scales that the checkpoint stores for modules that no file names.
+    """Return what was asked for, with the scales that the checkpoint stores for modules that the file leaves out.
 
     Raises `PayloadError` as `read_calibration` does. Nothing is read if no form needs it.
     """
@@ -96,8 +98,7 @@ def with_own_scales(asked: Requantize, catalog: Catalog) -> Requantize:
         return asked
     given = asked.calibration.scales
     own = [tensor for name, tensor in catalog.tensors.items() if name.removesuffix(_SUFFIX) not in given]
-    scales = {**_read_scales(catalog, own), **given}
-    return replace(asked, calibration=replace(asked.calibration, scales=scales))
+    return replace(asked, calibration=replace(asked.calibration, stored=_read_scales(catalog, own)))
 
 
 def check_calibration_place(path: Path) -> None:
@@ -156,8 +157,8 @@ def _read_scales(catalog: Catalog, tensors: Iterable[StoredTensor]) -> dict[str,
             _refuse(tensor.name, "one number: float32, float16 or bfloat16", str(tensor.spec), faults)
     for run, data in read_runs(catalog, runs):
         scale = read_scalar(data, catalog.tensors[run.name].spec.dtype)
-        if not isfinite(scale) or scale <= 0:
-            _refuse(run.name, "a positive number", f"{scale:g}", faults)
+        if not _LEAST <= scale <= _LARGEST:
+            _refuse(run.name, "a positive number from 2^-100 to 2^100", f"{scale:g}", faults)
         scales[run.name.removesuffix(_SUFFIX)] = scale
     faults.raise_if_any(PayloadError)
     return scales

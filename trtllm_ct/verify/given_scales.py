@@ -32,13 +32,21 @@ class GivenScales:
     source: Modules
     asked: Requantize
     _parts: Mapping[str, list[Module]] = field(init=False)
+    _scales: Mapping[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         parts: dict[str, list[Module]] = defaultdict(list)
-        if self.asked.calibration.scales:
+        scales = self.asked.calibration.scales
+        if scales:
             for key, module in self.source.by_key.items():
                 parts[self.source.names.sharing_scalars(key)].append(module)
         object.__setattr__(self, "_parts", parts)
+        object.__setattr__(self, "_scales", {self.source.names.key(name): scale for name, scale in scales.items()})
+
+    @property
+    def are_known(self) -> bool:
+        """Whether a calibration was given to verify the directory."""
+        return bool(self._scales)
 
     def gave(self, key: str, scheme: QuantScheme | None, mode: LinearMode) -> bool:
         """Whether the scale of a module's input is not that of the source.
@@ -51,17 +59,20 @@ class GivenScales:
         return activations_of(scheme) is not mode.activations
 
     def expected(self, key: str) -> float | None:
-        """Return the scale that a module must have: the largest of those that read one input; None if not known."""
+        """Return the scale that a module must have: the largest of those that read one input.
+
+        None without a calibration, and if neither it nor the source has a scale of the module.
+        """
         form = self.asked.form(expert=is_expert(key))
-        parts = self._parts.get(self.source.names.sharing_scalars(key), [])
-        scales = [scale for part in parts if (scale := self._scale(part)) is not None]
-        if form is None or form.input_divisor is None or not scales:
+        if form is None or form.input_divisor is None or not self.are_known:
             return None
-        return max(scales) / form.input_divisor
+        parts = self._parts[self.source.names.sharing_scalars(key)]
+        scales = {part.key: scale for part in parts if (scale := self._scale(part)) is not None}
+        return max(scales.values()) / form.input_divisor if key in scales else None
 
     def _scale(self, module: Module) -> float | None:
         """Return the scale that the calibration, or else the source, says of a module; None if neither does."""
-        scale = self.asked.calibration.scales.get(module.name)
+        scale = self.asked.calibration.scales.get(module.name, self._scales.get(module.key))
         if scale is None and "input_scale" in module.tensors:
             return float(module.tensors["input_scale"].all_numbers().max())
         return scale

@@ -344,6 +344,13 @@ class DirectoryMatch:
         value = self._given.expected(module.key)
         if value is not None:
             yield from self._scalar(name, delivered, value)
+        elif self._given.are_known:
+            self.faults.add(
+                where=name,
+                expected=f"{module.name}.input_scale in the calibration that the directory was made with",
+                found="none",
+                remedy="Give --calibration the file that was given to convert.",
+            )
         elif prod(delivered.shape) == 1:
             require_scale(name, float(delivered.numbers(0, 1).reshape(-1)[0]), self.faults)
         else:
