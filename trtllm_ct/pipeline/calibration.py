@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, OutputError, PayloadError, UsageError
+from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, PayloadError, UsageError
+from trtllm_ct.base.whole_files import write_whole
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import read_header
 from trtllm_ct.checkpoint.reader import Run
@@ -127,21 +128,8 @@ def write_calibration(path: str | Path, scales: Mapping[str, float]) -> None:
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            partial.write_bytes(struct.pack("<Q", len(text)) + text + struct.pack(f"<{len(scales)}f", *scales.values()))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        fault = Fault(
-            where=str(path),
-            expected="a folder in which a file can be written",
-            found=error.strerror or str(error),
-            remedy="Name a file in another folder.",
-        )
-        raise OutputError(fault) from None
+    content = struct.pack("<Q", len(text)) + text + struct.pack(f"<{len(scales)}f", *scales.values())
+    write_whole(path, content, remedy="Name a file in another folder.")
 
 
 def _read_scales(catalog: Catalog, tensors: Iterable[StoredTensor]) -> dict[str, float]:
