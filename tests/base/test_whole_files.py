@@ -18,7 +18,7 @@ def test_an_older_file_is_replaced(tmp_path: Path) -> None:
     write_whole(tmp_path / "file", b"new", remedy="")
 
     assert (tmp_path / "file").read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("where", ["file", f".file.{os.getpid()}.partial"])
@@ -44,6 +44,6 @@ def test_a_failure_leaves_the_older_file_and_nothing_else(tmp_path: Path, monkey
         write_whole(tmp_path / "file", b"new", remedy="Name another one.")
 
     assert (tmp_path / "file").read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(OutputError):
         write_whole(tmp_path / "nowhere" / "file", b"new", remedy="")

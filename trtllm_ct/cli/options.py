@@ -105,8 +105,10 @@ Html = Annotated[
 ]
 
 _STDIN = "-"
-_CALIBRATED = [name for name, form in FORMS.items() if form.input_divisor is not None]
 """The name of stdin among arguments."""
+
+_CALIBRATED = [name for name, form in FORMS.items() if form.input_divisor is not None]
+"""The forms whose kernels read static scales of inputs."""
 
 _LARGEST_FILE = 2**63
 """No file of Linux has so many bytes."""

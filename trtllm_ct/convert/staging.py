@@ -59,7 +59,7 @@ def staged_source(place: str | Path, work: Folder, executor: str) -> Source:
 def shards_of(conversion: Conversion, keep: int | None, on_download: DownloadStarted) -> Shards:
     """Return what lends source files to the units of a conversion, with `keep` bytes of downloads at a time.
 
-    Raises `UsageError` if a unit, or the side files together, need more.
+    Raises `UsageError` if a unit needs more.
     """
     source = conversion.checkpoint.source
     if not isinstance(source, Staged):

@@ -44,7 +44,7 @@ _LEAST, _LARGEST = 2.0**-100, 2.0**100
 
 _DTYPES = frozenset({DType.F32, DType.F16, DType.BF16})
 _SUFFIX = f".{INPUT_SCALE}"
-_REMEDY = "Measure the scales with `trtllm-ct calibrate DIR FILE --text TEXT`, or correct the program that wrote them."
+_REMEDY = "Measure the scales with `trtllm-ct calibrate DIR OUT --text FILE`, or correct the program that wrote them."
 
 
 def asked_requantization(

@@ -61,6 +61,6 @@ def input_scales(
             where=calibration.place or "--calibration",
             expected=f"MODULE.{INPUT_SCALE} for each of the modules whose kernels read a static scale of their input",
             found=f"none for {len(missing)} of {sum(map(len, linears.values()))}: {format_names(missing)}",
-            remedy="Measure them with `trtllm-ct calibrate DIR FILE --text TEXT`, and give --calibration FILE.",
+            remedy="Measure them with `trtllm-ct calibrate DIR OUT --text FILE`, and give OUT as --calibration.",
         )
     return scales
