@@ -574,7 +574,7 @@ def test_side_files_without_end_are_refused_before_the_first_one_is_fetched(
     for number in range(20):
         (directory / f"module_{number}.py").write_text("")
 
-    with pytest.raises(CatalogError, match="expected at most 20 side files, found 2. of them"):
+    with pytest.raises(CatalogError, match=r"expected at most 20 side files, found \d+ of them"):
         convert_checkpoint(NAME, tmp_path / "there")
 
     assert not hub.asked(".py")

@@ -92,7 +92,7 @@ def side_file_names(source: Source, carry: Collection[str]) -> list[str]:
 def fetch_side_files(source: Source, names: Collection[str]) -> None:
     """Put side files into the folder of a source far away.
 
-    Raises `HubError`, `OutputError`, and `CatalogError` for those that are too many, too large or too deep to be copied.
+    Raises `HubError`, `OutputError`, and `CatalogError` if they are too many, too large or too deep to be copied.
     """
     if not isinstance(source, Staged):
         return
