@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.options import PlanArguments
 
 __all__ = [
-    "AUTO",
     "DIRECTORY",
-    "ENGINE",
     "THREADS",
     "TO_MODELOPT",
     "AskedExpertParallel",
@@ -44,14 +42,10 @@ __all__ = [
     "CalibrationOption",
     "Carry",
     "Chat",
-    "DenseDtypeOption",
-    "DenseOutput",
     "Directory",
     "DirectoryTarget",
     "Executor",
     "ExpertParallel",
-    "ForEngine",
-    "ForSm",
     "Force",
     "Html",
     "Json",
@@ -68,7 +62,6 @@ __all__ = [
     "TargetName",
     "Temperature",
     "TensorParallel",
-    "Untested",
     "Workers",
     "asked_parallel",
     "name_filter",
