@@ -2,7 +2,9 @@
 
 A file has one tensor `MODULE.input_scale` for each module: float32 (float16 and bfloat16 are read too) with one
 element, which is the largest magnitude of the module's input over 448. ModelOpt's exports and compressed-tensors call
-the scales of FP8 inputs by this name, so that their weight files are calibrations too: other tensors are ignored.
+the scales of FP8 inputs by this name, so that their weight files are calibrations too: other tensors are ignored. In
+NVFP4, ModelOpt's exports call another number so (`modelopt/torch/quantization/qtensor/nvfp4_tensor.py:
+NVFP4QTensor.get_activation_scaling_factor`).
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def read_calibration(path: str | Path) -> Calibration:
     """Read the scales in a safetensors file.
 
     Raises `UsageError` if there is no such file, `CatalogError` for a damaged one, and `PayloadError` with all faults
-    of its scales: another dtype, several elements, and numbers that are not positive or beyond all that inputs have.
+    of its scales: another dtype, several elements, numbers that are not positive or beyond all that inputs have, and
+    those of an export in NVFP4, which are the largest magnitude over 6 x 448.
     """
     path = Path(path)
     try:
@@ -86,6 +89,7 @@ def read_calibration(path: str | Path) -> Calibration:
     if not any(name.endswith(_SUFFIX) for name in tensors):
         expected = f"tensors called MODULE.{INPUT_SCALE}"
         raise CatalogError(Fault(where=str(path), expected=expected, found="none", remedy=_REMEDY))
+    _refuse_nvfp4(tensors)
     catalog = Catalog(source=Folder(path.parent), tensors=tensors, files=(path.name,))
     return Calibration(scales=_read_scales(catalog, tensors.values()), place=str(path))
 
@@ -150,6 +154,17 @@ def _read_scales(catalog: Catalog, tensors: Iterable[StoredTensor]) -> dict[str,
         scales[run.name.removesuffix(_SUFFIX)] = scale
     faults.raise_if_any(PayloadError)
     return scales
+
+
+def _refuse_nvfp4(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise `PayloadError` for scales beside a weight in NVFP4: by the same name, ModelOpt means another number."""
+    faults = FaultCollector()
+    for name in tensors:
+        module = name.removesuffix(_SUFFIX)
+        stored = [tensors.get(f"{module}.{local}") for local in ("weight", "weight_scale")]
+        if name.endswith(_SUFFIX) and [tensor and tensor.spec.dtype for tensor in stored] == [DType.U8, DType.F8_E4M3]:
+            _refuse(name, "the scale of an FP8 input", "one beside a weight in NVFP4, mostly a sixth of it", faults)
+    faults.raise_if_any(PayloadError)
 
 
 def _refuse(name: str, expected: str, found: str, faults: FaultCollector) -> None:

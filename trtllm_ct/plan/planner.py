@@ -475,7 +475,7 @@ class _Planner:
             assignments = dense_outputs(assignments, sites, cache, architecture=self.model.name, release=release)
         if self.target.capabilities.release is not None:
             assignments = as_class_accepts(assignments, candidates, sites, self.model)
-        given = input_scales(assignments, present, self.options.requantize.calibration, self.faults)
+        given = input_scales(assignments, parts, self.options.requantize.calibration, self.faults)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
         model_modules = ModelModules(
