@@ -146,6 +146,30 @@ def test_a_stopped_conversion_of_a_store_goes_on_but_no_part_of_a_file_is_believ
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
+def test_of_a_store_that_says_only_sizes_no_file_is_known_to_be_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped conversion would go on with another file of that size."""
+    url = put(write_checkpoint(tmp_path, scheme="int4-g32").directory)
+    store = fsspec.filesystem("memory")
+    find = store.find
+
+    def sizes_only(_: object, *args: str, **options: bool) -> dict[str, dict[str, object]]:
+        found = find(*args, **options)
+        return {path: {key: entry[key] for key in ("name", "size", "type")} for path, entry in found.items()}
+
+    versions = []
+    for says_more in (True, True, False, False):
+        if not says_more:
+            monkeypatch.setattr(type(store), "find", sizes_only)
+        source = object_store.open_url(url)
+        assert isinstance(source, RemoteFolder)
+        assert source.transport.version("config.json") == source.transport.version("config.json")
+        versions.append(source.transport.version("config.json"))
+
+    assert len(set(versions)) == 3
+
+
 def test_a_file_that_was_written_anew_is_another_version(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "made", scheme="int4-g32", shards=2).directory
     url = put(directory)

@@ -7,6 +7,7 @@ Source: fsspec 2023.5 and 2026.9, `core.py: url_to_fs`, `spec.py: AbstractFileSy
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,17 @@ def open_url(url: str) -> Source:
     sizes = {name: found[start + name]["size"] for name in names if is_inside(name)}
     if not sizes:
         raise _error(url, "a folder with files", FileNotFoundError("none"))
-    versions = {name: sha256(repr(sorted(found[start + name].items())).encode()).hexdigest() for name in sizes}
+    versions = {name: _version(found[start + name]) for name in sizes}
     return RemoteFolder(_StoreFolder(url.rstrip("/"), sizes, versions, store, start))
+
+
+def _version(entry: Mapping[str, Any]) -> str:
+    """Return a hash of what a store says about a file.
+
+    If that is no more than the size, it is another one each time: nobody knows whether the file is still the same.
+    """
+    told = sorted(entry.items()) if entry.keys() - {"name", "size", "type"} else secrets.token_hex(16)
+    return sha256(repr(told).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
