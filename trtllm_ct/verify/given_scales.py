@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.holdings import activations_of
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import QuantScheme
     from trtllm_ct.engine.modes import LinearMode
     from trtllm_ct.engine.requantization import Requantize
+    from trtllm_ct.verify.pairs import Stored
     from trtllm_ct.verify.source.modules import Module, Modules
 
-__all__ = ["GivenScales", "require_scale"]
+__all__ = ["GivenScales"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +44,6 @@ class GivenScales:
         object.__setattr__(self, "_parts", parts)
         object.__setattr__(self, "_scales", {self.source.names.key(name): scale for name, scale in scales.items()})
 
-    @property
-    def are_known(self) -> bool:
-        """Whether a calibration was given to verify the directory."""
-        return bool(self._scales)
-
     def gave(self, key: str, scheme: QuantScheme | None, mode: LinearMode) -> bool:
         """Whether the scale of a module's input is not that of the source.
 
@@ -58,14 +54,33 @@ class GivenScales:
             return False
         return activations_of(scheme) is not mode.activations
 
-    def expected(self, key: str) -> float | None:
+    def value_or_fault(self, name: str, module: Module, delivered: Stored, faults: FaultCollector) -> float | None:
+        """Return the value that a delivered scale must have.
+
+        Without a calibration that is not known, and a scale that can't be one is a fault; with one, a scale that it
+        does not have is a fault. Then this returns None.
+        """
+        if not self._scales:
+            _require_scale(name, delivered, faults)
+            return None
+        value = self._expected(module.key)
+        if value is None:
+            faults.add(
+                where=name,
+                expected=f"{module.name}.input_scale in the calibration that the directory was made with",
+                found="none",
+                remedy="Give --calibration the file that was given to convert.",
+            )
+        return value
+
+    def _expected(self, key: str) -> float | None:
         """Return the scale that a module must have: the largest of those that read one input.
 
-        None without a calibration, and if neither it nor the source has a scale of the module.
+        None if neither the calibration nor the source has a scale of the module.
         """
         form = self.asked.form(expert=is_expert(key))
-        if form is None or form.input_divisor is None or not self.are_known:
-            return None
+        if form is None or form.input_divisor is None:
+            raise AssertionError("only modules of a form that reads scales are asked for")
         parts = self._parts[self.source.names.sharing_scalars(key)]
         scales = {part.key: scale for part in parts if (scale := self._scale(part)) is not None}
         return max(scales.values()) / form.input_divisor if key in scales else None
@@ -78,8 +93,17 @@ class GivenScales:
         return scale
 
 
-def require_scale(name: str, value: float, faults: FaultCollector) -> None:
+def _require_scale(name: str, delivered: Stored, faults: FaultCollector) -> None:
     """Add a fault if a scale of an input can't be one."""
+    if prod(delivered.shape) != 1:
+        faults.add(
+            where=name,
+            expected="one number: the scale of an input",
+            found=f"shape {list(delivered.shape)}",
+            remedy="Convert again; engines read one number.",
+        )
+        return
+    value = float(delivered.numbers(0, 1).reshape(-1)[0])
     if not isfinite(value) or value <= 0:
         faults.add(
             where=name,
