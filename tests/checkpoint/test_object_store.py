@@ -146,6 +146,30 @@ def test_a_stopped_conversion_of_a_store_goes_on_but_no_part_of_a_file_is_believ
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
+def test_of_a_store_that_says_only_sizes_no_file_is_known_to_be_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped conversion would go on with another file of that size."""
+    url = put(write_checkpoint(tmp_path, scheme="int4-g32").directory)
+    store = fsspec.filesystem("memory")
+    find = store.find
+
+    def sizes_only(_: object, *args: str, **options: bool) -> dict[str, dict[str, object]]:
+        found = find(*args, **options)
+        return {path: {key: entry[key] for key in ("name", "size", "type")} for path, entry in found.items()}
+
+    versions = []
+    for says_more in (True, True, False, False):
+        if not says_more:
+            monkeypatch.setattr(type(store), "find", sizes_only)
+        source = object_store.open_url(url)
+        assert isinstance(source, RemoteFolder)
+        assert source.transport.version("config.json") == source.transport.version("config.json")
+        versions.append(source.transport.version("config.json"))
+
+    assert len(set(versions)) == 3
+
+
 def test_a_file_that_was_written_anew_is_another_version(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "made", scheme="int4-g32", shards=2).directory
     url = put(directory)
@@ -159,3 +183,26 @@ def test_a_file_that_was_written_anew_is_another_version(tmp_path: Path) -> None
         fsspec.filesystem("memory").pipe_file(file, (directory / "model-00001-of-00002.safetensors").read_bytes())
 
     assert versions[0] != versions[1]
+
+
+@pytest.mark.parametrize("name", ["../LICENSE", "../../LICENSE", "./LICENSE", "a//LICENSE", "a/../../../LICENSE"])
+def test_an_object_whose_key_leads_out_of_the_folder_is_no_file_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A store takes any text as a key; whoever fills a bucket could name files of this machine."""
+    directory = write_checkpoint(tmp_path / "made", scheme="int4-g32").directory
+    url = put(directory)
+    store = fsspec.filesystem("memory")
+    find, cat_file, folder = store.find, store.cat_file, url.removeprefix("memory:/")
+    evil = f"{folder}/{name}"
+    monkeypatch.setattr(
+        type(store), "find", lambda _, *args, **options: {**find(*args, **options), evil: {"name": evil, "size": 4}}
+    )
+    monkeypatch.setattr(
+        type(store), "cat_file", lambda _, path, **part: b"evil" if path == evil else cat_file(path, **part)
+    )
+
+    trtllm_ct.convert_checkpoint(url, tmp_path / "there", carry=["*"])
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "there"]
+    assert not list(tmp_path.rglob("LICENSE"))

@@ -81,3 +81,10 @@ def test_what_is_only_looked_at_has_a_limit() -> None:
 
     assert set(fetched_side_files(large, ())) == {name for name in CONFIGURATIONS if name != "config.json"}
     assert "modeling.py" in left_behind(large, ())
+
+
+@pytest.mark.parametrize("name", ["a\0.py", "\ud800.py", "a\nb.py", "tokenizer\0.json", "assets/a\0.png"], ids=ascii)
+def test_a_name_that_no_file_here_can_have_is_reported_and_not_fetched(name: str) -> None:
+    for carry in ((), ("*", "assets")):
+        assert fetched_side_files({name: 1}, carry) == []
+        assert left_behind({name: 1}, carry)

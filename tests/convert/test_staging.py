@@ -547,6 +547,40 @@ def test_faulty_values_are_all_reported_and_leave_nothing(hub: HubServer, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "made"]
 
 
+@pytest.mark.parametrize("depth", [31, 40])
+def test_side_files_too_deep_are_refused_and_leave_nothing(hub: HubServer, tmp_path: Path, depth: int) -> None:
+    """What was put into deeper folders could not be removed again, and no later run could go on."""
+    directory = made(tmp_path, hub)
+    deep = f"{'a/' * depth}x.txt"
+    (directory / deep).parent.mkdir(parents=True)
+    (directory / deep).write_text("")
+
+    if depth < 32:
+        assert deep in convert_checkpoint(NAME, tmp_path / "there", carry=["a"]).carried_files
+        return
+    with pytest.raises(CatalogError, match=f"in at most 31 folders in each other, found {depth} of them") as raised:
+        convert_checkpoint(NAME, tmp_path / "there", carry=["a"])
+
+    assert raised.value.faults[0].where == f"{PLACE}/{deep}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "made"]
+
+
+def test_side_files_without_end_are_refused_before_the_first_one_is_fetched(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs at the top are fetched because a configuration may name them; real repositories have a few."""
+    monkeypatch.setattr(staging, "MAX_SIDE_FILES", 20)
+    directory = made(tmp_path, hub)
+    for number in range(20):
+        (directory / f"module_{number}.py").write_text("")
+
+    with pytest.raises(CatalogError, match=r"expected at most 20 side files, found \d+ of them"):
+        convert_checkpoint(NAME, tmp_path / "there")
+
+    assert not hub.asked(".py")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "made"]
+
+
 class TestCaches:
     @staticmethod
     def cached(tmp_path: Path, directory: Path, names: list[str]) -> Path:
@@ -659,6 +693,22 @@ def test_a_disk_without_room_for_output_and_downloads_is_refused_before_anything
     assert not weights_asked(hub)
     assert not hub.asked("tokenizer.json")
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_room_for_side_files_is_compared_before_the_first_one_is_fetched(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = made(tmp_path, hub)
+    (directory / "README.md").write_bytes(bytes(10**6))
+    output = convert_checkpoint(directory, tmp_path / "here").plan.delivered_bytes
+    needed = smallest_keep(tmp_path)
+    monkeypatch.setattr(file_calls, "free_bytes", lambda _: output + needed + 10**6 // 2)
+
+    with pytest.raises(UsageError, match=r"expected room for .* bytes, found .* bytes free"):
+        convert_checkpoint(NAME, tmp_path / "there", keep=needed)
+
+    assert not hub.asked("tokenizer.json")
+    assert not hub.asked("README.md")
 
 
 def test_a_disk_that_gets_full_is_said_and_gone_on_with(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 
 import pytest
 from hypothesis import assume, given
@@ -93,6 +94,30 @@ def test_with_less_room_a_shard_is_fetched_again(checkpoint: tuple[list[Need], d
     fetched = Counter(stay.file for stay in plan_stays(needs, sizes, less))
 
     assert max(fetched.values()) > 1
+
+
+@given(sets=st.lists(st.frozensets(st.sampled_from("abcde"), max_size=3), max_size=8), more=st.integers(0, 2))
+def test_with_shards_of_one_size_no_other_choice_fetches_fewer(sets: list[frozenset[str]], more: int) -> None:
+    needs = [Need(number, files) for number, files in enumerate(sets)]
+    sizes = dict.fromkeys("abcde", 1)
+    room = smallest_room(needs, sizes) + more
+
+    assert len(plan_stays(needs, sizes, room)) == fewest_downloads(sets, room)
+
+
+def fewest_downloads(sets: list[frozenset[str]], room: int) -> int:
+    """Try every choice of the shards that stay beside those that a unit needs."""
+    fewest = {frozenset[str](): 0}
+    for needed in sets:
+        found: dict[frozenset[str], int] = {}
+        for here, count in fewest.items():
+            others = here - needed
+            for number in range(min(len(others), room - len(needed)) + 1):
+                for kept in map(frozenset, combinations(others, number)):
+                    left = kept | needed
+                    found[left] = min(found.get(left, 99), count + len(needed - here))
+        fewest = found
+    return min(fewest.values())
 
 
 @given(checkpoint=checkpoints(), more=st.integers(0, 12))

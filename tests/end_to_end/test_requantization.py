@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,6 +234,35 @@ def test_a_scale_of_inputs_that_is_none_is_found(tmp_path: Path, value: float) -
     for given in (None, asked):
         faults = verify_checkpoint(built.directory, tmp_path / "out", requantize=given).faults
         assert [fault.where.partition(",")[0] for fault in faults] == [name]
+
+
+def test_a_calibration_without_scales_of_the_directory_is_another_one(tmp_path: Path) -> None:
+    """A file of another model says nothing about this one, so nothing was compared."""
+    built = built_mixture(tmp_path / "in", scheme="int4-g128")
+    asked = asked_for("w4a8-awq", built, tmp_path / "scales")
+    convert_checkpoint(built.directory, tmp_path / "out", sm=90, requantize=asked)
+    one, *others = sorted(asked.calibration.scales)
+    for name, scales in {"model": {"another.model": 1.0}, "part": {one: asked.calibration.scales[one]}}.items():
+        write_calibration(tmp_path / name, scales)
+        other = asked_requantization("experts=w4a8-awq", tmp_path / name)
+
+        faults = verify_checkpoint(built.directory, tmp_path / "out", requantize=other).faults
+
+        missing = {f"{module}.input_scale" for module in (others if name == "part" else [one, *others])}
+        assert missing <= {fault.where for fault in faults if fault.found == "none"}
+
+
+def test_names_of_the_model_mean_the_same_to_convert_and_verify(tmp_path: Path) -> None:
+    """The files of a LoRA wrapper call a module by another name than its calibration does."""
+    built = built_mixture(tmp_path / "in", scheme="int4-g128")
+    asked = asked_for("w4a8-awq", built, tmp_path / "scales")
+    path = built.directory / "model.safetensors"
+    stored = {re.sub(r"(experts\..*_proj)", r"\1.base_layer", name): each for name, each in load_file(path).items()}
+    save_file(stored, path)
+
+    convert_checkpoint(built.directory, tmp_path / "out", sm=90, requantize=asked)
+
+    assert verify_checkpoint(built.directory, tmp_path / "out", requantize=asked).good
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import tiny_config, write_checkpoint
 from safetensors.torch import load_file, save_file
+from stored_schemes import SCHEMES, Scheme, int8_inputs, int_weights
 
 from trtllm_ct.base.errors import CatalogError, OutputError, PayloadError, PlanError, UsageError
 from trtllm_ct.pipeline.calibration import (
@@ -53,6 +54,9 @@ WRONG: dict[str, Tensor] = {
     "negative": torch.tensor(-1.0),
     "nan": torch.tensor(torch.nan),
     "inf": torch.tensor(torch.inf),
+    "subnormal": torch.tensor(2.0**-149),
+    "too small": torch.tensor(2.0**-126),
+    "too large": torch.tensor(torch.finfo(torch.float32).max),
     "rows": torch.ones(2),
     "empty": torch.ones(0),
     "codes": torch.ones((), dtype=torch.int32),
@@ -67,6 +71,27 @@ def test_all_scales_that_are_none_are_reported_together(tmp_path: Path) -> None:
         read_calibration(tmp_path / "scales")
 
     assert {fault.where for fault in error.value.faults} == {f"{name}.input_scale" for name in WRONG}
+
+
+def test_scales_of_an_export_in_nvfp4_are_no_scales_of_fp8(tmp_path: Path) -> None:
+    """ModelOpt calls both `input_scale`; a sixth would let inputs saturate. Its int4 codes are in bytes too."""
+    scale, codes = torch.tensor(0.5), torch.zeros(16, 8, dtype=torch.uint8)
+    file = {
+        "a.input_scale": scale.clone(),
+        "a.weight": codes.clone(),
+        "a.weight_scale": torch.ones(16, 1).to(torch.float8_e4m3fn),
+        "b.input_scale": scale.clone(),
+        "b.weight": codes.clone(),
+        "b.weight_scale": torch.ones(16, 1),
+    }
+    save_file(file, tmp_path / "both")
+
+    with pytest.raises(PayloadError) as error:
+        read_calibration(tmp_path / "both")
+
+    assert [fault.where for fault in error.value.faults] == ["a.input_scale"]
+    save_file({name: tensor for name, tensor in file.items() if name.startswith("b.")}, tmp_path / "one")
+    assert read_calibration(tmp_path / "one").scales == {"b": 0.5}
 
 
 def test_files_without_scales_are_refused(tmp_path: Path) -> None:
@@ -122,6 +147,46 @@ def test_scales_that_the_checkpoint_stores_need_no_file(tmp_path: Path) -> None:
     plan = checkpoint.plan(sm=100, requantize=asked)
     given = {delivery.name: delivery.operation for delivery in plan.module(name).deliveries}[f"{name}.input_scale"]
     assert given.value == pytest.approx(own / 2, rel=1e-6)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_stored_scales_of_other_codes_than_fp8_say_nothing_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, symmetric: bool
+) -> None:
+    """Those of int8 inputs are the largest magnitude over 127, or a range over 255, and not a magnitude over 448."""
+    inputs = int8_inputs("tensor", symmetric=symmetric)
+    monkeypatch.setitem(SCHEMES, "int8 inputs", Scheme(weights=int_weights(4, group_size=128), inputs=inputs))
+    config = tiny_config("Qwen3MoeForCausalLM", hidden=256, moe_intermediate_size=256)
+    schemes = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int8 inputs")
+    built = write_checkpoint(tmp_path / "in", config=config, scheme=schemes)
+    checkpoint = open_checkpoint(built.directory)
+    experts = [name.rpartition(".")[0] for name in built.dense if ".experts." in name]
+    assert f"{experts[0]}.input_scale" in checkpoint.catalog.tensors
+
+    with pytest.raises(PlanError, match=rf"none for {len(experts)} of {len(experts)}"):
+        checkpoint.plan(sm=100, requantize=asked_requantization("experts=nvfp4-w4a4"))
+
+    write_calibration(tmp_path / "scales", dict.fromkeys(experts, 0.5))
+    asked = asked_requantization("experts=nvfp4-w4a4", tmp_path / "scales")
+    assert checkpoint.plan(sm=100, requantize=asked).requantized == {"experts": "nvfp4-w4a4"}
+
+
+def test_a_scale_of_the_file_goes_before_a_stored_one_under_another_name(tmp_path: Path) -> None:
+    """As of a LoRA wrapper, whose names nobody else uses: two scales of one module, and the user's is the last word."""
+    config = tiny_config("Qwen3MoeForCausalLM", hidden=256, moe_intermediate_size=256)
+    schemes = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "int4-g128-fp8-static")
+    built = write_checkpoint(tmp_path / "in", config=config, scheme=schemes)
+    name = "model.layers.1.mlp.experts.2.down_proj"
+    path = built.directory / "model.safetensors"
+    stored = {key.replace(f"{name}.", f"{name}.base_layer."): tensor for key, tensor in load_file(path).items()}
+    save_file(stored, path)
+    write_calibration(tmp_path / "scales", {name: 48.0})
+
+    asked = asked_requantization("experts=nvfp4-w4a4", tmp_path / "scales")
+    plan = open_checkpoint(built.directory).plan(sm=100, requantize=asked)
+
+    given = {delivery.name: delivery.operation for delivery in plan.module(name).deliveries}[f"{name}.input_scale"]
+    assert given.value == 8.0  # type: ignore[attr-defined]
 
 
 def test_a_stored_scale_that_is_none_is_refused_only_if_it_is_read(tmp_path: Path) -> None:

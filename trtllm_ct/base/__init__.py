@@ -10,6 +10,7 @@ collector.py      a context manager that pauses Python's garbage collector
 texts.py          makes text of strangers fit for a message
 json_values.py    how many values a JSON text may hold, and which are finite numbers
 regular_files.py  opens regular files only, up to a size
+whole_files.py    writes a file that appears complete or not at all
 source_errors.py  errors of the file system that a checkpoint is on
 memory_errors.py  memory that this process may not have
 own_folders.py    opens folders into which only this user can write

@@ -7,13 +7,14 @@ Source: fsspec 2023.5 and 2026.9, `core.py: url_to_fs`, `spec.py: AbstractFileSy
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.errors import Fault, HubError, MissingDependencyError, TrtllmCtError
 from trtllm_ct.base.packages import PACKAGES
-from trtllm_ct.checkpoint.remote import RemoteFolder
+from trtllm_ct.checkpoint.remote import RemoteFolder, is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +47,22 @@ def open_url(url: str) -> Source:
     except Exception as error:
         raise _error(url, "a folder that can be listed", error) from error
     start = f"{path.rstrip('/')}/"
-    sizes = {name.removeprefix(start): entry["size"] for name, entry in found.items() if name.startswith(start)}
+    names = [path.removeprefix(start) for path in found if path.startswith(start)]
+    # The key of an object may be any text. What leads out of the folder is no file of it.
+    sizes = {name: found[start + name]["size"] for name in names if is_inside(name)}
     if not sizes:
         raise _error(url, "a folder with files", FileNotFoundError("none"))
-    versions = {name: sha256(repr(sorted(found[start + name].items())).encode()).hexdigest() for name in sizes}
+    versions = {name: _version(found[start + name]) for name in sizes}
     return RemoteFolder(_StoreFolder(url.rstrip("/"), sizes, versions, store, start))
+
+
+def _version(entry: Mapping[str, Any]) -> str:
+    """Return a hash of what a store says about a file.
+
+    If that is no more than the size, it is another one each time: nobody knows whether the file is still the same.
+    """
+    told = sorted(entry.items()) if entry.keys() - {"name", "size", "type"} else secrets.token_hex(16)
+    return sha256(repr(told).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

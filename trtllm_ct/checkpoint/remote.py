@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.checkpoint.source import StoredFile
 
-__all__ = ["MOST_ANNOUNCED", "RemoteFolder", "Transport"]
+__all__ = ["MOST_ANNOUNCED", "RemoteFolder", "Transport", "is_inside"]
 
 CONCURRENT = 16
 """Requests at a time: twice as many as huggingface_hub downloads files at a time, since these are short."""
@@ -33,6 +33,11 @@ NEAR = 2**14
 
 MOST_ANNOUNCED = 512 * 2**20
 """The most bytes that are fetched ahead and held at a time. The headers of 10^6 tensors have 200 MB."""
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path is one below a folder, whatever the other side calls its files: `a/../../b` is not."""
+    return not {"", ".", ".."} & set(path.split("/"))
 
 
 class Transport(Protocol):

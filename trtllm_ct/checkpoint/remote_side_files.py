@@ -31,6 +31,8 @@ def left_behind(sizes: Mapping[str, int], carry: Collection[str]) -> set[str]:
 
 
 def _is_fetched(name: str, nbytes: int, carry: Collection[str]) -> bool:
+    if not name.isprintable():  # Not all such texts can be names of files here.
+        return False
     if name in CONFIGURATIONS:
         return nbytes <= CONFIGURATION_BYTES or _is_wanted(name, carry)
     if "/" not in name and name.endswith(".py"):
@@ -39,7 +41,7 @@ def _is_fetched(name: str, nbytes: int, carry: Collection[str]) -> bool:
 
 
 def _is_wanted(name: str, carry: Collection[str]) -> bool:
-    if not name.isprintable() or any(is_excluded(place, carry) for place in _places(name)):
+    if any(is_excluded(place, carry) for place in _places(name)):
         return False
     return (is_known(name) and not is_code(name)) or matches_any(name, carry)
 

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from trtllm_ct.checkpoint.folder import Folder
 
-__all__ = ["NO_SIDE_FILES", "SideFiles", "copy_side_files", "side_bytes", "side_files"]
+__all__ = ["MAX_SIDE_FILES", "NO_SIDE_FILES", "SideFiles", "copy_side_files", "side_bytes", "side_files"]
 
-_MAX_FILES = 10_000
+MAX_SIDE_FILES = 10_000
 """The most side files of a checkpoint; real ones have tens."""
 
 _CHUNK_BYTES = 2**20
@@ -155,7 +155,7 @@ class _Walk:
                 self._collect(name, (*path_down, place), entry)
 
     def _collect(self, name: str, path_down: tuple[Path, ...], entry: os.DirEntry[str]) -> None:
-        if len(self.carried) > _MAX_FILES or (entry.is_symlink() and self.find(name) is None):
+        if len(self.carried) > MAX_SIDE_FILES or (entry.is_symlink() and self.find(name) is None):
             return
         if entry.is_dir() and name.isprintable() and self._is_entered(name):
             self.visit(name, path_down)
@@ -189,8 +189,8 @@ class _Walk:
         if is_code(name) or starts_as_code(start):
             self.code.add(name)
         self.carried.append(name)
-        if len(self.carried) > _MAX_FILES:
-            self._refuse(name, f"more than {_MAX_FILES} files to copy")
+        if len(self.carried) > MAX_SIDE_FILES:
+            self._refuse(name, f"more than {MAX_SIDE_FILES} files to copy")
 
     def find(self, name: str) -> Path | None:
         """Return where a file or folder of the snapshot is; adds a fault and returns None if it is outside."""

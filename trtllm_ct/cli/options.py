@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.options import PlanArguments
 
 __all__ = [
-    "AUTO",
     "DIRECTORY",
-    "ENGINE",
     "THREADS",
     "TO_MODELOPT",
     "AskedExpertParallel",
@@ -44,14 +42,10 @@ __all__ = [
     "CalibrationOption",
     "Carry",
     "Chat",
-    "DenseDtypeOption",
-    "DenseOutput",
     "Directory",
     "DirectoryTarget",
     "Executor",
     "ExpertParallel",
-    "ForEngine",
-    "ForSm",
     "Force",
     "Html",
     "Json",
@@ -68,7 +62,6 @@ __all__ = [
     "TargetName",
     "Temperature",
     "TensorParallel",
-    "Untested",
     "Workers",
     "asked_parallel",
     "name_filter",
@@ -105,8 +98,10 @@ Html = Annotated[
 ]
 
 _STDIN = "-"
-_CALIBRATED = [name for name, form in FORMS.items() if form.input_divisor is not None]
 """The name of stdin among arguments."""
+
+_CALIBRATED = [name for name, form in FORMS.items() if form.input_divisor is not None]
+"""The forms whose kernels read static scales of inputs."""
 
 _LARGEST_FILE = 2**63
 """No file of Linux has so many bytes."""

@@ -118,7 +118,8 @@ def _fetched(conversion: Conversion, carry: Collection[str] | None) -> tuple[fro
     names = [] if carry is None else side_file_names(source, carry)
     fetched, downloads = (frozenset(map(source.staged_name, files)) for files in (names, conversion.source_files))
     with output_errors(out.path):
-        require_room(out, conversion.write_plan, conversion.shards.room)
+        beside = sum(map(source.remote.size, names))
+        require_room(out, conversion.write_plan, beside + conversion.shards.room)
         kept = (*conversion.write_plan.file_names, *fetched, *downloads)
         with _journal(conversion, kept, kept):
             fetch_side_files(source, names)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, cast
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, UsageError
 from trtllm_ct.base.regular_files import SIDE_FILE_BYTES
 from trtllm_ct.base.texts import format_bytes
+from trtllm_ct.checkpoint.folder import MAX_DEPTH
 from trtllm_ct.checkpoint.opening import open_source
 from trtllm_ct.checkpoint.remote_side_files import fetched_side_files, left_behind
+from trtllm_ct.checkpoint.side_files import MAX_SIDE_FILES
 from trtllm_ct.checkpoint.staged import Staged
 from trtllm_ct.convert.shards import AllThere, BoundedShards
 from trtllm_ct.convert.stays import Need, smallest_room
@@ -33,6 +35,8 @@ KEEP_BYTES = 20 * 10**9
 Shards have up to 5 GB each, as most libraries write them: two that a module may lie across while it is converted, and
 two that are fetched meanwhile.
 """
+
+_TOO_LARGE = "Leave such files out of --carry, or download the checkpoint and delete them there."
 
 
 def staged_source(place: str | Path, work: Folder, executor: str) -> Source:
@@ -59,7 +63,7 @@ def staged_source(place: str | Path, work: Folder, executor: str) -> Source:
 def shards_of(conversion: Conversion, keep: int | None, on_download: DownloadStarted) -> Shards:
     """Return what lends source files to the units of a conversion, with `keep` bytes of downloads at a time.
 
-    Raises `UsageError` if a unit, or the side files together, need more.
+    Raises `UsageError` if a unit needs more.
     """
     source = conversion.checkpoint.source
     if not isinstance(source, Staged):
@@ -88,17 +92,22 @@ def side_file_names(source: Source, carry: Collection[str]) -> list[str]:
 def fetch_side_files(source: Source, names: Collection[str]) -> None:
     """Put side files into the folder of a source far away.
 
-    Raises `HubError`, `OutputError`, and `CatalogError` for those that are too large to be copied.
+    Raises `HubError`, `OutputError`, and `CatalogError` if they are too many, too large or too deep to be copied.
     """
     if not isinstance(source, Staged):
         return
     faults = FaultCollector()
+    if len(names) > MAX_SIDE_FILES:
+        expected, found = f"at most {MAX_SIDE_FILES} side files", f"{len(names)} of them"
+        faults.add(where=source.place, expected=expected, found=found, remedy=_TOO_LARGE)
     for name in names:
-        size = source.remote.size(name)
+        size, depth = source.remote.size(name), name.count("/")
         if size > SIDE_FILE_BYTES:
             expected, found = f"a side file of at most {SIDE_FILE_BYTES} bytes", f"{size} bytes"
-            remedy = "Leave it out of --carry, or download the checkpoint and delete the file there."
-            faults.add(where=source.where(name), expected=expected, found=found, remedy=remedy)
+            faults.add(where=source.where(name), expected=expected, found=found, remedy=_TOO_LARGE)
+        if depth >= MAX_DEPTH:  # One more is the folder of downloads.
+            expected, found = f"a side file in at most {MAX_DEPTH - 1} folders in each other", f"{depth} of them"
+            faults.add(where=source.where(name), expected=expected, found=found, remedy=_TOO_LARGE)
     faults.raise_if_any(CatalogError)
     for name in names:
         source.fetch_side_file(name)

@@ -21,20 +21,23 @@ LARGEST_E4M3 = 448.0
 class Calibration:
     """The scale of the input of each module, by the module's name in the files or in the model; all are positive.
 
-    `place` is the name of the file that they are from, for messages.
+    `stored` are the scales that the checkpoint itself has of inputs, in whatever codes. `place` is the name of the file
+    that `scales` are from, for messages.
     """
 
     scales: Mapping[str, float] = field(default_factory=dict, hash=False)
+    stored: Mapping[str, float] = field(default_factory=dict, hash=False)
     place: str = ""
 
-    def largest(self, modules: Iterable[Iterable[str]]) -> float | None:
-        """Return the largest scale of modules that have one input, each given by all its names.
+    def scale(self, names: Iterable[str], *, stored_for_fp8: bool) -> float | None:
+        """Return the scale of a module's input by any of the module's names; None if there is none.
 
-        None if one of them has none: kernels read one scale for all.
+        `stored_for_fp8` says whether a scale that the checkpoint has of this input is one of FP8: those of other codes
+        are the largest magnitude over another number.
         """
-        found = [next((self.scales[name] for name in names if name in self.scales), None) for names in modules]
-        scales = [scale for scale in found if scale is not None]
-        return max(scales) if scales and len(scales) == len(found) else None
+        sources = (self.scales, self.stored) if stored_for_fp8 else (self.scales,)
+        names = tuple(names)
+        return next((scales[name] for scales in sources for name in names if name in scales), None)
 
 
 NOT_CALIBRATED = Calibration()

@@ -2,7 +2,9 @@
 
 A file has one tensor `MODULE.input_scale` for each module: float32 (float16 and bfloat16 are read too) with one
 element, which is the largest magnitude of the module's input over 448. ModelOpt's exports and compressed-tensors call
-the scales of FP8 inputs by this name, so that their weight files are calibrations too: other tensors are ignored.
+the scales of FP8 inputs by this name, so that their weight files are calibrations too: other tensors are ignored. In
+NVFP4, ModelOpt's exports call another number so (`modelopt/torch/quantization/qtensor/nvfp4_tensor.py:
+NVFP4QTensor.get_activation_scaling_factor`).
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ import json
 import os
 import struct
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_ct.base.dtypes import DType
-from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, OutputError, PayloadError, UsageError
+from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, PayloadError, UsageError
+from trtllm_ct.base.whole_files import write_whole
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import read_header
 from trtllm_ct.checkpoint.reader import Run
@@ -39,9 +41,12 @@ __all__ = [
     "write_calibration",
 ]
 
+_LEAST, _LARGEST = 2.0**-100, 2.0**100
+"""Between them, neither a scale over the divisor of a form nor its reciprocal leaves the normal numbers of float32."""
+
 _DTYPES = frozenset({DType.F32, DType.F16, DType.BF16})
 _SUFFIX = f".{INPUT_SCALE}"
-_REMEDY = "Measure the scales with `trtllm-ct calibrate DIR FILE --text TEXT`, or correct the program that wrote them."
+_REMEDY = "Measure the scales with `trtllm-ct calibrate DIR OUT --text FILE`, or correct the program that wrote them."
 
 
 def asked_requantization(
@@ -71,7 +76,8 @@ def read_calibration(path: str | Path) -> Calibration:
     """Read the scales in a safetensors file.
 
     Raises `UsageError` if there is no such file, `CatalogError` for a damaged one, and `PayloadError` with all faults
-    of its scales: another dtype, several elements, and numbers that are not finite or not positive.
+    of its scales: another dtype, several elements, numbers that are not positive or beyond all that inputs have, and
+    those of an export in NVFP4, which are the largest magnitude over 6 x 448.
     """
     path = Path(path)
     try:
@@ -83,12 +89,13 @@ def read_calibration(path: str | Path) -> Calibration:
     if not any(name.endswith(_SUFFIX) for name in tensors):
         expected = f"tensors called MODULE.{INPUT_SCALE}"
         raise CatalogError(Fault(where=str(path), expected=expected, found="none", remedy=_REMEDY))
+    _refuse_nvfp4(tensors)
     catalog = Catalog(source=Folder(path.parent), tensors=tensors, files=(path.name,))
     return Calibration(scales=_read_scales(catalog, tensors.values()), place=str(path))
 
 
 def with_own_scales(asked: Requantize, catalog: Catalog) -> Requantize:
-    """Return what was asked for, with the scales that the checkpoint stores for modules that no file names.
+    """Return what was asked for, with the scales that the checkpoint stores for modules that the file leaves out.
 
     Raises `PayloadError` as `read_calibration` does. Nothing is read if no form needs it.
     """
@@ -96,8 +103,7 @@ def with_own_scales(asked: Requantize, catalog: Catalog) -> Requantize:
         return asked
     given = asked.calibration.scales
     own = [tensor for name, tensor in catalog.tensors.items() if name.removesuffix(_SUFFIX) not in given]
-    scales = {**_read_scales(catalog, own), **given}
-    return replace(asked, calibration=replace(asked.calibration, scales=scales))
+    return replace(asked, calibration=replace(asked.calibration, stored=_read_scales(catalog, own)))
 
 
 def check_calibration_place(path: Path) -> None:
@@ -126,21 +132,8 @@ def write_calibration(path: str | Path, scales: Mapping[str, float]) -> None:
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            partial.write_bytes(struct.pack("<Q", len(text)) + text + struct.pack(f"<{len(scales)}f", *scales.values()))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        fault = Fault(
-            where=str(path),
-            expected="a folder in which a file can be written",
-            found=error.strerror or str(error),
-            remedy="Name a file in another folder.",
-        )
-        raise OutputError(fault) from None
+    content = struct.pack("<Q", len(text)) + text + struct.pack(f"<{len(scales)}f", *scales.values())
+    write_whole(path, content, remedy="Name a file in another folder.")
 
 
 def _read_scales(catalog: Catalog, tensors: Iterable[StoredTensor]) -> dict[str, float]:
@@ -156,11 +149,22 @@ def _read_scales(catalog: Catalog, tensors: Iterable[StoredTensor]) -> dict[str,
             _refuse(tensor.name, "one number: float32, float16 or bfloat16", str(tensor.spec), faults)
     for run, data in read_runs(catalog, runs):
         scale = read_scalar(data, catalog.tensors[run.name].spec.dtype)
-        if not isfinite(scale) or scale <= 0:
-            _refuse(run.name, "a positive number", f"{scale:g}", faults)
+        if not _LEAST <= scale <= _LARGEST:
+            _refuse(run.name, "a positive number from 2^-100 to 2^100", f"{scale:g}", faults)
         scales[run.name.removesuffix(_SUFFIX)] = scale
     faults.raise_if_any(PayloadError)
     return scales
+
+
+def _refuse_nvfp4(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise `PayloadError` for scales beside a weight in NVFP4: by the same name, ModelOpt means another number."""
+    faults = FaultCollector()
+    for name in tensors:
+        module = name.removesuffix(_SUFFIX)
+        stored = [tensors.get(f"{module}.{local}") for local in ("weight", "weight_scale")]
+        if name.endswith(_SUFFIX) and [tensor and tensor.spec.dtype for tensor in stored] == [DType.U8, DType.F8_E4M3]:
+            _refuse(name, "the scale of an FP8 input", "one beside a weight in NVFP4, mostly a sixth of it", faults)
+    faults.raise_if_any(PayloadError)
 
 
 def _refuse(name: str, expected: str, found: str, faults: FaultCollector) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
@@ -77,10 +77,6 @@ class PlanOptions:
         Raises `UsageError` for an unknown dtype.
         """
         return cls(to=to, **{**asked, "dtype": dense_dtype(asked.get("dtype"))})  # type: ignore[arg-type]
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the fields by name, as the functions that plan take them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def target(self) -> Target:
         """Return the target with the capabilities of the release and the GPUs.

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.quant_config import QuantConfig
     from trtllm_ct.engine.target import Target
+    from trtllm_ct.plan.assign import Assignment, Candidate
     from trtllm_ct.plan.deliver import Dtypes
     from trtllm_ct.plan.engine_files.directory import BuiltModules, EngineDirectory
     from trtllm_ct.plan.models.model_class import Comparison, ModelClass
@@ -467,20 +468,14 @@ class _Planner:
             assignments = assign_modes(candidates, [site for site, _ in present], self.target)
             present_sites = [site for site, _ in present]
             assignments = requantized(assignments, candidates, present_sites, self.target, self.options.requantize)
-            if self.target.capabilities.release is not None:
-                itemsize = self.dtypes.dequantized.itemsize
-                self.choices = choices(assignments, candidates, present_sites, self.target, itemsize)
-                if self.model.row.one_mode:
-                    # Another mode would have the kept modules dequantized, see `as_class_accepts`.
-                    kept = {str(made.holding.mode.algo) for made in assignments.values() if made.holding}
-                    self.choices = tuple(choice for choice in self.choices if kept <= {choice.mode})
+            self.choices = self._choices(assignments, candidates, present_sites)
         if self.options.dense_o_proj:
             cache = self.options.kv_cache or self.kv_cache.algo
             release = self.target.capabilities.release
             assignments = dense_outputs(assignments, sites, cache, architecture=self.model.name, release=release)
         if self.target.capabilities.release is not None:
             assignments = as_class_accepts(assignments, candidates, sites, self.model)
-        given = input_scales(assignments, present, self.options.requantize.calibration, self.faults)
+        given = input_scales(assignments, parts, self.options.requantize.calibration, self.faults)
         if not any(assignment.holding for assignment in assignments.values()):
             self.kv_cache = replace(self.kv_cache, alone=True)
         model_modules = ModelModules(
@@ -497,6 +492,19 @@ class _Planner:
             )
             for site, module in present
         ]
+
+    def _choices(
+        self, assignments: Mapping[str, Assignment], candidates: Mapping[str, Candidate], sites: Sequence[Site]
+    ) -> tuple[Choice, ...]:
+        """Return what could be requantized for a release of the engine."""
+        if self.target.capabilities.release is None:
+            return ()
+        found = choices(assignments, candidates, sites, self.target, self.dtypes.dequantized.itemsize)
+        if not self.model.row.one_mode:
+            return found
+        # Another mode would have the kept modules dequantized, see `as_class_accepts`.
+        kept = {str(made.holding.mode.algo) for made in assignments.values() if made.holding}
+        return tuple(choice for choice in found if kept <= {choice.mode})
 
 
 def _with_shape(site: Site, weight: QuantizedWeight | None) -> Site:

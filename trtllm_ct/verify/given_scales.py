@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 from trtllm_ct.engine.holdings import activations_of
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import QuantScheme
     from trtllm_ct.engine.modes import LinearMode
     from trtllm_ct.engine.requantization import Requantize
+    from trtllm_ct.verify.pairs import Stored
     from trtllm_ct.verify.source.modules import Module, Modules
 
-__all__ = ["GivenScales", "require_scale"]
+__all__ = ["GivenScales"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +33,16 @@ class GivenScales:
     source: Modules
     asked: Requantize
     _parts: Mapping[str, list[Module]] = field(init=False)
+    _scales: Mapping[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
         parts: dict[str, list[Module]] = defaultdict(list)
-        if self.asked.calibration.scales:
+        scales = self.asked.calibration.scales
+        if scales:
             for key, module in self.source.by_key.items():
                 parts[self.source.names.sharing_scalars(key)].append(module)
         object.__setattr__(self, "_parts", parts)
+        object.__setattr__(self, "_scales", {self.source.names.key(name): scale for name, scale in scales.items()})
 
     def gave(self, key: str, scheme: QuantScheme | None, mode: LinearMode) -> bool:
         """Whether the scale of a module's input is not that of the source.
@@ -50,25 +54,56 @@ class GivenScales:
             return False
         return activations_of(scheme) is not mode.activations
 
-    def expected(self, key: str) -> float | None:
-        """Return the scale that a module must have: the largest of those that read one input; None if not known."""
-        form = self.asked.form(expert=is_expert(key))
-        parts = self._parts.get(self.source.names.sharing_scalars(key), [])
-        scales = [scale for part in parts if (scale := self._scale(part)) is not None]
-        if form is None or form.input_divisor is None or not scales:
+    def value_or_fault(self, name: str, module: Module, delivered: Stored, faults: FaultCollector) -> float | None:
+        """Return the value that a delivered scale must have.
+
+        Without a calibration that is not known, and a scale that can't be one is a fault; with one, a scale that it
+        does not have is a fault. Then this returns None.
+        """
+        if not self._scales:
+            _require_scale(name, delivered, faults)
             return None
-        return max(scales) / form.input_divisor
+        value = self._expected(module.key)
+        if value is None:
+            faults.add(
+                where=name,
+                expected=f"{module.name}.input_scale in the calibration that the directory was made with",
+                found="none",
+                remedy="Give --calibration the file that was given to convert.",
+            )
+        return value
+
+    def _expected(self, key: str) -> float | None:
+        """Return the scale that a module must have: the largest of those that read one input.
+
+        None if neither the calibration nor the source has a scale of the module.
+        """
+        form = self.asked.form(expert=is_expert(key))
+        if form is None or form.input_divisor is None:
+            raise AssertionError("only modules of a form that reads scales are asked for")
+        parts = self._parts[self.source.names.sharing_scalars(key)]
+        scales = {part.key: scale for part in parts if (scale := self._scale(part)) is not None}
+        return max(scales.values()) / form.input_divisor if key in scales else None
 
     def _scale(self, module: Module) -> float | None:
         """Return the scale that the calibration, or else the source, says of a module; None if neither does."""
-        scale = self.asked.calibration.scales.get(module.name)
+        scale = self.asked.calibration.scales.get(module.name, self._scales.get(module.key))
         if scale is None and "input_scale" in module.tensors:
             return float(module.tensors["input_scale"].all_numbers().max())
         return scale
 
 
-def require_scale(name: str, value: float, faults: FaultCollector) -> None:
+def _require_scale(name: str, delivered: Stored, faults: FaultCollector) -> None:
     """Add a fault if a scale of an input can't be one."""
+    if prod(delivered.shape) != 1:
+        faults.add(
+            where=name,
+            expected="one number: the scale of an input",
+            found=f"shape {list(delivered.shape)}",
+            remedy="Convert again; engines read one number.",
+        )
+        return
+    value = float(delivered.numbers(0, 1).reshape(-1)[0])
     if not isfinite(value) or value <= 0:
         faults.add(
             where=name,

@@ -11,7 +11,7 @@ import numpy as np
 from trtllm_ct.base.errors import CheckpointError
 from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
-from trtllm_ct.verify.given_scales import GivenScales, require_scale
+from trtllm_ct.verify.given_scales import GivenScales
 from trtllm_ct.verify.native import NativeWeight
 from trtllm_ct.verify.pairs import Pair, Stored, native_pair, plain_pair, rounded_pair
 from trtllm_ct.verify.source.decoders import DECODERS, decoder_for, has_weight, is_quantized, plain_tensors
@@ -330,29 +330,17 @@ class DirectoryMatch:
             self._report_missing(name)
             return
         self._see(delivered, "input_scale")
+        stored = _stored(delivered, "input_scale")
         if given:
-            yield from self._given_scale(name, module, _stored(delivered, "input_scale"))
+            value = self._given.value_or_fault(name, module, stored, self.faults)
+            if value is not None:
+                yield from self._scalar(name, stored, value)
             return
         if mode.input_scale == "input_scale":
             value = float(module.tensors["input_scale"].all_numbers().max())
         else:
             value = self._inputs[module.key]
-        yield from self._scalar(name, _stored(delivered, "input_scale"), value)
-
-    def _given_scale(self, name: str, module: Module, delivered: Stored) -> Iterator[NamedPair]:
-        """Yield the pair of a scale from a calibration, if that is known; otherwise check that it can be one."""
-        value = self._given.expected(module.key)
-        if value is not None:
-            yield from self._scalar(name, delivered, value)
-        elif prod(delivered.shape) == 1:
-            require_scale(name, float(delivered.numbers(0, 1).reshape(-1)[0]), self.faults)
-        else:
-            self.faults.add(
-                where=name,
-                expected="one number: the scale of an input",
-                found=f"shape {list(delivered.shape)}",
-                remedy="Convert again; engines read one number.",
-            )
+        yield from self._scalar(name, stored, value)
 
     def _kv_scales(self) -> Iterator[NamedPair]:
         """Yield the pairs of the KV cache's scales, under whichever module they are delivered."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.json_values import INDEX_VALUES, require_few_values
+from trtllm_ct.checkpoint.remote import is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +72,7 @@ def _file(entry: Any) -> tuple[str, int]:
     """Return path and size of a file; raises `ValueError` if the entry has none."""
     path = entry.get("rfilename") if isinstance(entry, dict) else None
     size = entry.get("size") if isinstance(entry, dict) else None
-    if not isinstance(path, str) or {"", ".", ".."} & set(path.split("/")):
+    if not isinstance(path, str) or not is_inside(path):
         raise ValueError("a file without a path")
     if type(size) is not int or not 0 <= size < 2**63:
         raise ValueError(f"no size of {path}")

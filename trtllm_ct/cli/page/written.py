@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from trtllm_ct.base.errors import Fault, OutputError, UsageError
+from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.whole_files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,18 +32,5 @@ def check_page_place(path: Path | None) -> None:
 
 def write_page(path: Path, page: str) -> None:
     """Write a page; an older file stays until the new one is complete. Raises `OutputError` if that fails."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        try:
-            partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        fault = Fault(
-            where=str(path),
-            expected="a folder in which a file can be written",
-            found=error.strerror or str(error),
-            remedy="Name a file in another folder; the work itself is done.",
-        )
-        raise OutputError(fault) from None
+    content = page.encode(errors="backslashreplace")
+    write_whole(path, content, remedy="Name a file in another folder; the work itself is done.")
