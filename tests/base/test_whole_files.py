@@ -21,11 +21,11 @@ def test_an_older_file_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("where", ["file", f".file.{os.getpid()}.partial"])
+@pytest.mark.parametrize("where", ["file", ".file.{process}.partial"])
 def test_a_link_in_the_folder_is_not_followed(tmp_path: Path, where: str) -> None:
     """Neither at the place itself nor at a name that another user could foresee."""
     (tmp_path / "precious").write_text("years of work")
-    (tmp_path / where).symlink_to(tmp_path / "precious")
+    (tmp_path / where.format(process=os.getpid())).symlink_to(tmp_path / "precious")
 
     write_whole(tmp_path / "file", b"new", remedy="")
 
