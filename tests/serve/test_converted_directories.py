@@ -38,6 +38,7 @@ TOLERANCES = {
 }
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("name", TOLERANCES)
 @pytest.mark.parametrize(("release", "generation"), list(engine_double.GENERATION_OF.items()))
 def test_stock_gives_the_golden_logits(shared: Path, tmp_path: Path, name: str, release: str, generation: str) -> None:

@@ -282,6 +282,7 @@ def plain_logits(built: Built) -> Tensor:
     return logits
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", DECODERS)
 def test_conversions_are_verified_and_give_the_logits_of_the_exact_weights(

@@ -27,6 +27,7 @@ LOADED = [name for name in SCHEMES if not name.endswith("asym") and name != "int
 CUT = ("fp8-tensor-static", "fp8-channel-token", "nvfp4", "mxfp8")
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("generation", engine_double.GENERATIONS)
 @pytest.mark.parametrize(("scheme", "ranks"), [*((scheme, 1) for scheme in LOADED), *((scheme, 2) for scheme in CUT)])
 def test_every_scheme_loads_with_the_right_values(tmp_path: Path, scheme: str, ranks: int, generation: str) -> None:

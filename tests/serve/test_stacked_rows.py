@@ -178,6 +178,7 @@ def plain_logits(name: str, built: Built) -> Tensor:
     return logits
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("scheme", [*SCHEMES, "mixed", "stacks"])
 @pytest.mark.parametrize("name", STACKED)
 def test_conversions_are_verified_and_give_the_logits_of_the_exact_weights(
