@@ -93,7 +93,10 @@ def measure_scales(
         quantize_activations=False,
         name=str(directory),
     )
-    modules = _linears(model, NameMap.of_checkpoint(source.config, model_type=model.config.model_type), seen)
+    # Releases of transformers have other names for the same parts, so the model says which it has.
+    paths = [path for path, _ in model.named_modules()]
+    names = NameMap.of_checkpoint(source.config, model_type=model.config.model_type, model=paths)
+    modules = _linears(model, names, seen)
     started = perf_counter()
     largest = _largest_inputs(model, modules, windows)
     scales, unreached = _scales(largest)
