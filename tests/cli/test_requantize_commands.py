@@ -71,6 +71,7 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.reference
+@pytest.mark.newest_transformers  # older releases build the routers as Linears, which are measured too
 def test_what_is_calibrated_is_converted_verified_and_measured(tmp_path: Path, text: Path) -> None:
     config = tiny_config("Qwen3MoeForCausalLM", hidden=256, moe_intermediate_size=256, vocabulary=300)
     schemes = dict.fromkeys(EXPERTS, "int4-g128")
