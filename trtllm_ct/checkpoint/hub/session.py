@@ -95,4 +95,23 @@ class Session:
                 yield Answer(answer.status_code, answer.headers, answer.iter_raw())
         else:
             with session.get(url, headers=headers, timeout=timeout, stream=True) as answer:
-                yield Answer(answer.status_code, answer.headers, answer.iter_content(_PIECE_BYTES))
+                yield Answer(answer.status_code, answer.headers, _pieces(answer))
+
+
+def _pieces(answer: Any) -> Iterator[bytes]:
+    """Yield what has come of an answer of requests, as soon as it comes.
+
+    `iter_content` waits for whole pieces, and drops the beginning of one when the connection breaks. Older
+    releases of urllib3 have nothing else. Raises `ConnectionError` when the connection breaks.
+    """
+    read = getattr(answer.raw, "read1", None)
+    if read is None:
+        yield from answer.iter_content(_PIECE_BYTES)
+        return
+    from urllib3.exceptions import HTTPError
+
+    try:
+        while piece := read(_PIECE_BYTES):
+            yield piece
+    except HTTPError as error:  # requests makes errors of its own from these in `iter_content` only
+        raise ConnectionError(str(error)) from error
