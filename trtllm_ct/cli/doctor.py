@@ -21,9 +21,8 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS, ENGINE_BUILD, MODELOPT, SIDECAR, describe_method
 from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.target import REFERENCE, TENSORRT_LLM, target_named
+from trtllm_ct.engine.target import REFERENCE, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
-from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.serve.features import unknown_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import converted_scale_fault, fixed_scale_fault
@@ -272,14 +271,7 @@ def _plan(source: Source, detection: Detection, parallel: Parallel, machine: Mac
         return checkpoint.plan(machine.target.name, parallel=parallel)
     if prepared:
         return prepared.checkpoint.plan_for(replace(prepared.options, parallel=parallel))
-    options = PlanOptions(
-        to=TENSORRT_LLM.name,
-        engine=features.engine,
-        sm=features.sm,
-        additive_zeros=features.additive_zeros,
-        parallel=parallel,
-    )
-    return open_checkpoint(source, detection).plan_for(options)
+    return open_checkpoint(source, detection).plan_for(replace(features.plan_options, parallel=parallel))
 
 
 def _missing_features(features: EngineFeatures, target: Target) -> Iterator[Fault]:

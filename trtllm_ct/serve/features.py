@@ -14,7 +14,8 @@ from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.platform import Platform
 from trtllm_ct.engine.releases import DEFAULT_ENGINE, RELEASES
-from trtllm_ct.engine.target import ENGINES
+from trtllm_ct.engine.target import ENGINES, TENSORRT_LLM
+from trtllm_ct.plan.options import PlanOptions
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -58,6 +59,11 @@ class EngineFeatures:
         """The release line of the capability set, with the SM of this machine's GPU."""
         release = next(release for release in RELEASES if release.name == self.engine)
         return Platform(release=release, sm=self.sm)
+
+    @property
+    def plan_options(self) -> PlanOptions:
+        """The options of a plan for this engine on this machine, as this package loads it, without anything asked."""
+        return PlanOptions(to=TENSORRT_LLM.name, engine=self.engine, sm=self.sm, additive_zeros=self.additive_zeros)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, for JSON output; without the model classes, which are a hundred."""

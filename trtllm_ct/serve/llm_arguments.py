@@ -19,10 +19,9 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.engine.target import TENSORRT_LLM
 from trtllm_ct.pipeline.calibration import asked_requantization
 from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
-from trtllm_ct.plan.options import PlanOptions, dense_dtype
+from trtllm_ct.plan.options import dense_dtype
 from trtllm_ct.serve.features import require_class
 from trtllm_ct.serve.hub import Repository, repository_named
 from trtllm_ct.serve.sidecar import Sidecar, is_sidecar, make_sidecar
@@ -30,6 +29,7 @@ from trtllm_ct.serve.sidecar import Sidecar, is_sidecar, make_sidecar
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.plan import Plan
     from trtllm_ct.serve.features import EngineFeatures
 
@@ -93,11 +93,8 @@ def engine_arguments(
     if model is None and draft is None:
         return arguments
     _refuse_conflicts(arguments, loaders)
-    options = PlanOptions(
-        to=TENSORRT_LLM.name,
-        engine=features.engine,
-        sm=features.sm,
-        additive_zeros=features.additive_zeros,
+    options = replace(
+        features.plan_options,
         parallel=parallel_of(arguments),
         dtype=dense_dtype(arguments.get("dtype")),
         dense_o_proj=dense_o_proj,

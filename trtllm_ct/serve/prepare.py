@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,9 @@ from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
-from trtllm_ct.engine.target import TENSORRT_LLM
 from trtllm_ct.pipeline.calibration import asked_requantization
 from trtllm_ct.plan.attention_output import unscaled_outputs_of
-from trtllm_ct.plan.options import PlanOptions, dense_dtype
+from trtllm_ct.plan.options import dense_dtype
 from trtllm_ct.serve.features import DEFAULT_FEATURES, EngineFeatures, require_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import fixed_scale_fault, kv_cache_named
@@ -24,6 +24,7 @@ from trtllm_ct.serve.sidecar import make_sidecar_and_plan
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.plan import Plan
 
 __all__ = ["installed_features", "prepare"]
@@ -74,11 +75,8 @@ def prepare(
         return Path(model_dir)
     features = installed_features()
     require_class(detection, features)
-    options = PlanOptions(
-        to=TENSORRT_LLM.name,
-        engine=features.engine,
-        sm=features.sm,
-        additive_zeros=features.additive_zeros,
+    options = replace(
+        features.plan_options,
         parallel=parallel,
         dtype=dense_dtype(dtype),
         dense_o_proj=dense_o_proj,
