@@ -5,6 +5,7 @@ sections.py     their sections: the verdict, what to know first, parts, GPUs, re
 module_map.py   the map of layers and modules, coloured by mode
 error_map.py    the map of layers and modules, coloured by the error that verify found
 difference_map.py  the map of layers and modules, coloured by how far two directories are apart
+state_map.py    what both have in common: states, legend, cells and their details
 histogram.py    how many requantized weights have which relative error
 grid.py         modules in rows of layers and columns of paths
 markup.py       escaped text, numbers that scripts can read, tables
