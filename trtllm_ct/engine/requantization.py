@@ -40,10 +40,10 @@ class Form:
     `scheme` is its scheme then, with the activations that its kernels compute on; `element` are its codes and
     `scale_dtype` is the dtype of its scales.
     `largest_error` is the relative error that no weight can exceed (of NVFP4, none whose largest magnitude is above
-    4 x 10^-4): the root of the sum of squared errors over that of
-    squared values. `usual_error` is that of int4 codes in groups of 32, as docs/requantization.md measures it. With
-    `powers_of_two` float32 scales are powers of two. With `keeps_codes` the weight itself is not changed: it has the
-    arguments that it is stored with, whatever those of `scheme` say.
+    4 x 10^-4): the root of the sum of squared errors over that of squared values. `usual_error` is that of int4 codes
+    in groups of 32, as docs/requantization.md measures it. With `powers_of_two` float32 scales are powers of two. With
+    `keeps_codes` the weight itself is not changed: it has the arguments that it is stored with, whatever those of
+    `scheme` say.
     `input_divisor` says that kernels read a static scale of the input: that of the calibration, which is the largest
     magnitude over 448, divided by this number. None if kernels compute it, or leave the input in 16 bits.
     """
@@ -92,6 +92,15 @@ _STATIC = QuantArgs(num_bits=8, type=NumberType.FLOAT, strategy=Strategy.TENSOR,
 _LOCAL_16 = QuantArgs(num_bits=4, type=NumberType.FLOAT, strategy=Strategy.TENSOR_GROUP, group_size=16, dynamic="local")
 
 
+_NVFP4 = Form(
+    name="nvfp4",
+    scheme=QuantScheme(weights=_GROUP_16),
+    element=Element.E2M1,
+    scale_dtype=DType.F8_E4M3,
+    largest_error=0.25,
+    usual_error=0.075,
+)
+
 # E4M3 has four significant bits: half a step is at most 1/17 of a value, and below the smallest normal number it is
 # 2^-10 of a scale that is at most 1/224 of the largest magnitude. For E2M1 the worst group is one whose largest
 # magnitude makes the scale unfit for all others; the limits leave room above the worst group that
@@ -107,14 +116,7 @@ FORMS: Mapping[str, Form] = {
             largest_error=0.06,
             usual_error=0.026,
         ),
-        Form(
-            name="nvfp4",
-            scheme=QuantScheme(weights=_GROUP_16),
-            element=Element.E2M1,
-            scale_dtype=DType.F8_E4M3,
-            largest_error=0.25,
-            usual_error=0.075,
-        ),
+        _NVFP4,
         Form(
             name="mxfp4",
             scheme=QuantScheme(weights=_GROUP_32),
@@ -142,13 +144,10 @@ FORMS: Mapping[str, Form] = {
             input_divisor=1,
         ),
         # The static scale of an NVFP4 input is its largest magnitude over 6 * 448, the largest number of both levels.
-        Form(
+        replace(
+            _NVFP4,
             name="nvfp4-w4a4",
             scheme=QuantScheme(weights=_GROUP_16, input_activations=_LOCAL_16),
-            element=Element.E2M1,
-            scale_dtype=DType.F8_E4M3,
-            largest_error=0.25,
-            usual_error=0.075,
             input_divisor=6,
         ),
     )

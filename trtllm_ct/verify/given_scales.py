@@ -83,7 +83,7 @@ class GivenScales:
             raise AssertionError("only modules of a form that reads scales are asked for")
         parts = self._parts[self.source.names.sharing_scalars(key)]
         scales = {part.key: scale for part in parts if (scale := self._scale(part)) is not None}
-        return max(scales.values()) / form.input_divisor if key in scales else None
+        return max(scales.values()) / _largest_code(form.scheme) if key in scales else None
 
     def _scale(self, module: Module) -> float | None:
         """Return the scale that the calibration, or else the source, says of a module; None if neither does."""
@@ -91,6 +91,16 @@ class GivenScales:
         if scale is None and "input_scale" in module.tensors:
             return float(module.tensors["input_scale"].all_numbers().max())
         return scale
+
+
+def _largest_code(scheme: QuantScheme) -> float:
+    """Return the number by which the scale of a form's inputs is smaller than the largest magnitude over 448.
+
+    Inputs in FP8 have that scale itself. Those in four bits have one for groups, whose own scales are numbers of FP8 up
+    to 448 and whose codes are numbers of E2M1 up to 6.
+    """
+    inputs = scheme.input_activations
+    return 6.0 if inputs is not None and inputs.num_bits == 4 else 1.0
 
 
 def _require_scale(name: str, delivered: Stored, faults: FaultCollector) -> None:
