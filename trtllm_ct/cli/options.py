@@ -62,6 +62,9 @@ __all__ = [
     "TargetName",
     "Temperature",
     "TensorParallel",
+    "TextFile",
+    "TextTokens",
+    "TextWindow",
     "Workers",
     "asked_parallel",
     "name_filter",
@@ -219,6 +222,13 @@ Executor = Annotated[
 Workers = Annotated[
     int | None, typer.Option(help="Number of threads; by default one for each core.", show_default=False)
 ]
+TextFile = Annotated[
+    Path, typer.Option("--text", metavar="FILE", help="Text in UTF-8; - reads it from stdin.", show_default=False)
+]
+TextTokens = Annotated[
+    int | None, typer.Option("--max-tokens", min=2, help="Read only so many tokens of the text.", show_default=False)
+]
+TextWindow = Annotated[int, typer.Option("--window", min=2, help="Tokens that are read together.")]
 Chat = Annotated[
     bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template of the tokenizer, if any.")
 ]

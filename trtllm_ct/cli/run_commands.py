@@ -18,6 +18,9 @@ from trtllm_ct.cli.options import (
     Seed,
     Temperature,
     TensorParallel,
+    TextFile,
+    TextTokens,
+    TextWindow,
     parallel_of,
     prompt_text,
     text_of_file,
@@ -67,13 +70,9 @@ def perplexity(
         list[Path],
         typer.Argument(metavar="DIR...", help="Checkpoints, or what was made of them.", show_default=False),
     ],
-    text: Annotated[
-        Path, typer.Option("--text", metavar="FILE", help="Text in UTF-8; - reads it from stdin.", show_default=False)
-    ],
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Read only so many tokens of the text.", show_default=False)
-    ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 1024,
+    text: TextFile,
+    max_tokens: TextTokens = None,
+    window: TextWindow = 1024,
     as_json: Json = False,
 ) -> None:
     """Measure how well models predict a text, side by side.
@@ -95,13 +94,9 @@ def perplexity(
 def calibrate(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Safetensors file to write.", show_default=False)],
-    text: Annotated[
-        Path, typer.Option("--text", metavar="FILE", help="Text in UTF-8; - reads it from stdin.", show_default=False)
-    ],
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Read only so many tokens of the text.", show_default=False)
-    ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 1024,
+    text: TextFile,
+    max_tokens: TextTokens = None,
+    window: TextWindow = 1024,
     as_json: Json = False,
 ) -> None:
     """Measure scales of inputs on a text, for --calibration.
