@@ -36,6 +36,7 @@ from trtllm_ct.plan.verdict import verdict
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from trtllm_ct.checkpoint.folder import Folder
     from trtllm_ct.convert.shards import DownloadStarted
     from trtllm_ct.pipeline.gpus import GpuRow
     from trtllm_ct.pipeline.open import Checkpoint
@@ -183,11 +184,10 @@ def convert_checkpoint(
 ) -> ConversionReport | None:
     """Convert a checkpoint directory for the target `to`, which is `modelopt`, `dense` or `engine`.
 
-    `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`. Its
-    weight files are then downloaded into the working directory when a module needs them, and removed when no other
-    one does: at most `keep` bytes of them at a time, by default 20 GB, or what one module needs if that is more. A file
-    that a cache of huggingface_hub has is read there. `on_download` is called with the bytes of all downloads, and
-    returns a callback for those that have come; threads call it.
+    `directory` may be the name of a repository of the Hub too, see `open_source`. Its weight files are then downloaded
+    into the working directory when a module needs them, at most `keep` bytes of them at a time (`staging.py`).
+    `on_download` is called with the bytes of all downloads, and returns a callback for those that have come; threads
+    call it.
 
     `asked` are the options of `PlanOptions`: the release, the GPUs and the parallel sizes that the directory is made
     for, and what becomes of modules that no mode holds. The output directory itself is not split by rank, except that
@@ -197,12 +197,12 @@ def convert_checkpoint(
     Side files of known kinds are copied, and those that the patterns of `carry` match (`checkpoint/side_patterns.py`);
     the report names the others.
 
-    `executor` runs the work in units. `threads` starts `workers` threads, or one for each core when `workers` is None.
-    `mpi` uses the ranks of the MPI job; every rank must make this call, and all ranks except rank 0 return None. The
-    output bytes are the same for every executor and number of workers. The output is written to `.OUT.partial` beside
-    `out`, which is renamed to `out` at the end and removed when the checkpoint has faults. A run that ends in any other
-    way leaves `.OUT.partial` in place, and the same call resumes from it; so does one that can't read the checkpoint
-    again. Memory: a few rows of a tensor for each worker, independent of the size of the tensors.
+    `executor` runs the work in units: `threads` starts `workers` of them, one for each core by default; `mpi` uses the
+    ranks of the MPI job, each of which must make this call, and all but rank 0 get None. The output bytes are the same
+    for every executor and number of workers. The output is written to `.OUT.partial` beside `out`, which is renamed to
+    `out` at the end and removed when the checkpoint has faults. A run that ends in any other way leaves `.OUT.partial`
+    in place, and the same call resumes from it; so does one that can't read the checkpoint again. Memory: a few rows of
+    a tensor for each worker, independent of the size of the tensors.
     `overwrite` replaces an existing `out` that a conversion wrote, and `force` with it any model directory. With
     `sync` the output survives a power cut once this function has returned; see `replacing_directory`.
 
@@ -216,23 +216,25 @@ def convert_checkpoint(
         if pool is None:
             return None
         # On one rank only: the others would wait forever for one that ends before they have work.
-        _require_one_of("--to", to, DIRECTORY_TARGETS)
+        _require_possible(to, max_shard_bytes, keep)
         options = PlanOptions.of(to, **asked)
-        _require_shard_size(max_shard_bytes)
-        _require_keep(keep)
         if names_folder(directory):
             check_output_place(Path(directory), out)
         # Open the output before reading the source, so that an output that can't be written fails at once.
         with replacing_directory(out, overwrite=overwrite, force=force, sync=sync) as partial:
             with source_errors(directory):
                 checkpoint = open_checkpoint(staged_source(directory, partial, executor))
-                place = checkpoint.directory.absolute()
-                job = Job(directory=place, options=options, max_shard_bytes=max_shard_bytes, files=partial)
-                conversion = Conversion(job, checkpoint, checkpoint.plan_for(options, compare_class=True))
+                conversion = _planned(checkpoint, options, max_shard_bytes, partial)
                 conversion.shards = shards_of(conversion, keep, on_download or (lambda _total: _ignore))
             progress = on_start(conversion.plan) if on_start else _ignore
             files = write_hf_directory(conversion, pool, progress=progress, carry=carry)
     return _report(out, conversion, files, time.perf_counter() - started)
+
+
+def _planned(checkpoint: Checkpoint, options: PlanOptions, max_shard_bytes: int, files: Folder) -> Conversion:
+    """Return the conversion of a checkpoint; unlike a worker's, its plan is compared with the model's class."""
+    job = Job(directory=checkpoint.directory.absolute(), options=options, max_shard_bytes=max_shard_bytes, files=files)
+    return Conversion(job, checkpoint, checkpoint.plan_for(options, compare_class=True))
 
 
 def _report(out: Path, conversion: Conversion, files: DeliveredFiles, seconds: float) -> ConversionReport:
@@ -259,26 +261,12 @@ def _ignore(nbytes: int) -> None:
     """Ignore progress; used when the caller passes no `on_start`."""
 
 
-def _require_one_of(option: str, value: str, values: tuple[str, ...]) -> None:
-    if value not in values:
-        raise UsageError(
-            Fault(where=option, expected=" or ".join(values), found=repr(value), remedy="Choose one of these.")
-        )
-
-
-def _require_keep(keep: int | None) -> None:
-    if keep is not None and keep < 1:
-        expected, remedy = "at least one byte", "Leave it out for 20 GB."
-        raise UsageError(Fault(where="--keep", expected=expected, found=str(keep), remedy=remedy))
-
-
-def _require_shard_size(max_shard_bytes: int) -> None:
-    if max_shard_bytes < 1:
-        raise UsageError(
-            Fault(
-                where="--max-shard-size",
-                expected="at least one byte",
-                found=str(max_shard_bytes),
-                remedy="Leave it out for files of 5 GB.",
-            )
-        )
+def _require_possible(to: str, max_shard_bytes: int, keep: int | None) -> None:
+    """Raise `UsageError` for a target that is no directory, and for numbers of bytes below one."""
+    if to not in DIRECTORY_TARGETS:
+        expected = " or ".join(DIRECTORY_TARGETS)
+        raise UsageError(Fault(where="--to", expected=expected, found=repr(to), remedy="Choose one of these."))
+    for option, nbytes, default in (("--max-shard-size", max_shard_bytes, "files of 5 GB"), ("--keep", keep, "20 GB")):
+        if nbytes is not None and nbytes < 1:
+            remedy = f"Leave it out for {default}."
+            raise UsageError(Fault(where=option, expected="at least one byte", found=str(nbytes), remedy=remedy))
