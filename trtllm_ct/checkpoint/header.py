@@ -26,7 +26,7 @@ from trtllm_ct.base.texts import printable, shortened
 from trtllm_ct.checkpoint.source import open_local
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
 
     from trtllm_ct.checkpoint.source import StoredFile
@@ -238,13 +238,16 @@ def _count_strings(document: object) -> int:
     count, pending = 0, [document]
     while pending:
         value = pending.pop()
-        if isinstance(value, str):
-            count += 1
-        elif isinstance(value, dict):
+        values: Collection[object] = ()
+        if isinstance(value, dict):
             count += len(value)
-            pending += value.values()
+            values = value.values()
         elif isinstance(value, list):
-            pending += value
+            values = value
+        # Nearly all values of an index are texts: they are counted together.
+        others = [one for one in values if not isinstance(one, str)]
+        count += len(values) - len(others)
+        pending += others
     return count
 
 

@@ -116,8 +116,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
     checks, and the table of schemes (of modules with `modules`) follow, and at the end the problems.
     """
     parts: list[RenderableType] = [_joined((str(report.directory), "bold"), f" is {report.detection.description}")]
-    if report.verdict:
-        parts.append(_line(f"  {report.verdict}", style="bold"))
+    parts += [_line(f"  {sentence}", style="bold") for sentence in [report.verdict] if sentence]
     if report.plan is not None:
         parts += [*_costs(report.plan, report.alternative), *_deviations(report.plan)]
     parts += [_warnings(report.warnings), *(_line(f"  evidence: {found}") for found in report.detection.evidence)]

@@ -333,12 +333,12 @@ class Plan:
     @property
     def stored_bytes(self) -> int:
         """The bytes of all tensors in the checkpoint."""
-        return sum(spec.nbytes for spec in self.stored.values())
+        return sum([spec.nbytes for spec in self.stored.values()])
 
     @property
     def delivered_bytes(self) -> int:
         """The bytes of all delivered tensors."""
-        return sum(module.delivered_bytes for module in self.modules)
+        return sum([module.delivered_bytes for module in self.modules])
 
     @property
     def deviations(self) -> tuple[Deviation, ...]:

@@ -56,12 +56,13 @@ def _alike(
     for site in sites:
         groups[site.mode_group or site.module].append(site)
     dequantized = {name for name, assignment in assignments.items() if assignment.holding is None}
-    kinds: dict[tuple[tuple[int, bool, int], ...], tuple[list[Site], int]] = {}
+    kinds: dict[tuple[tuple[int | None, bool, int], ...], tuple[list[Site], int]] = {}
     for members in groups.values():
-        if dequantized.isdisjoint([site.module for site in members]):
+        names = [site.module for site in members]
+        if dequantized.isdisjoint(names):
             continue
-        weights = [candidates[site.module].weight if site.module in candidates else None for site in members]
-        key = tuple([(id(one), site.expert, id(site.limit)) for one, site in zip(weights, members, strict=True)])
+        weights = [found and id(found.weight) for found in map(candidates.get, names)]
+        key = tuple([(weight, site.expert, id(site.limit)) for weight, site in zip(weights, members, strict=True)])
         first, count = kinds.get(key, (members, 0))
         kinds[key] = first, count + 1
     return list(kinds.values())

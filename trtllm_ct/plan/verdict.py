@@ -9,7 +9,7 @@ from trtllm_ct.base.texts import format_bytes
 from trtllm_ct.engine.parallel import ONE_RANK
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
@@ -38,7 +38,7 @@ def largest_cost(plan: Plan) -> str:
     if not modules:
         return ""
     what = "modules of routed experts" if modules[0].experts is not None else "modules"
-    more = format_bytes(sum(map(_growth, modules)))
+    more = format_bytes(_growth(modules))
     return f"{len(modules)} dequantized {what} cost most, {more} more: {modules[0].reason}"
 
 
@@ -51,9 +51,9 @@ def costliest(plan: Plan) -> Sequence[ModulePlan]:
     for module in plan.modules:
         if module.dequantized and module.reason:
             by_reason[module.experts is not None, module.reason].append(module)
-    modules = max(by_reason.values(), key=lambda alike: sum(map(_growth, alike)), default=[])
-    stored = sum(module.stored_bytes for module in modules)
-    return modules if sum(map(_growth, modules)) >= (_NOTABLE - 1) * stored > 0 else []
+    modules = max(by_reason.values(), key=_growth, default=[])
+    stored = sum([module.stored_bytes for module in modules])
+    return modules if _growth(modules) >= (_NOTABLE - 1) * stored > 0 else []
 
 
 def family_note(plan: Plan) -> str:
@@ -81,8 +81,9 @@ def rank_text(plan: Plan) -> str:
     return f"weights of one rank at {sizes}: {format_bytes(plan.rank_bytes)}, where ranks differ the largest"
 
 
-def _growth(module: ModulePlan) -> int:
-    return module.delivered_bytes - module.stored_bytes
+def _growth(modules: Iterable[ModulePlan]) -> int:
+    """Return how many bytes modules need more in the engine than on disk."""
+    return sum([module.delivered_bytes - module.stored_bytes for module in modules])
 
 
 def _reader(plan: Plan) -> str:
