@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, PayloadError
+from trtllm_ct.base.schemes import Element
 from trtllm_ct.engine.requantization import NVFP4_GLOBAL_SCALE
+from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.layouts.requantize import LARGEST_OF_NVFP4, to_e2m1_exponents, to_e2m1_groups, to_e4m3_blocks
+from trtllm_ct.layouts.requantize_int4 import INT4_GROUP, int4_to_e2m1_groups
 from trtllm_ct.layouts.stored_array import StoredArray, numpy_dtype, scalar
 from trtllm_ct.plan.ops import Operation
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trtllm_ct.engine.requantization import Form
+    from trtllm_ct.formats.base import Codes
     from trtllm_ct.plan.ops import ModuleTensors
 
 __all__ = ["GivenScale", "GlobalScale", "RoundedCodes", "RoundedScale"]
@@ -26,6 +30,12 @@ _ROWS_AT_ONCE = 128
 
 _LEAST_OF_NVFP4 = 6 * 2.0**-9 * NVFP4_GLOBAL_SCALE
 """Where no magnitude reaches this, all groups have the smallest scale, and the limit of the form does not hold."""
+
+_MOST_OF_INT4 = LARGEST_OF_NVFP4 * NVFP4_GLOBAL_SCALE / 8
+"""The largest scale of int4 codes with which no value is beyond NVFP4."""
+
+_SMALL_OF_INT4 = 2.0**-12
+"""With smaller scales, many groups have candidates that are no normal numbers of E4M3; they are dequantized."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +98,12 @@ def _rounded(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.g
 
 
 def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-    """Round a weight to codes and scales, some rows at a time."""
+    """Round a weight to codes and scales, some rows at a time where it is dequantized first."""
     import numpy as np
 
+    int4 = _int4_for_nvfp4(module.codes, form) if form.scale_dtype is DType.F8_E4M3 else None
+    if int4 is not None:
+        return int4_to_e2m1_groups(*int4, NVFP4_GLOBAL_SCALE)
     parts = []
     values = module.dequantize(DType.F32).elements
     _refuse_small(name, values, form)
@@ -100,6 +113,28 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
         parts.append(_to_form(rows, form))
     codes, scales = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
     return codes, scales
+
+
+def _int4_for_nvfp4(codes: Codes, form: Form) -> tuple[NDArray[np.int32], NDArray[np.uint16]] | None:
+    """Return words and scales of an int4 weight that needs no dequantizing to become NVFP4; None for any other weight.
+
+    None too where a scale is so large, so small or so strange that values may have to be refused, and where so many are
+    small that it would take longer.
+    """
+    import numpy as np
+
+    (rows, columns), scale, group_size = codes.shape, codes.scale, form.weights.group_size
+    int4 = codes.packing == packed_words(4) and codes.element is Element.INT and codes.zero_point is None
+    if not int4 or codes.group_index is not None or scale.dtype is not DType.BF16 or scale.shape[0] != rows:
+        return None
+    if group_size != INT4_GROUP or columns % (INT4_GROUP * scale.shape[1]):
+        return None
+    numbers = scale.numbers
+    if not (numbers.min() >= _LEAST_OF_NVFP4 and numbers.max() <= _MOST_OF_INT4):
+        return None
+    if np.count_nonzero(numbers < _SMALL_OF_INT4) > numbers.size // 8:
+        return None
+    return codes.values.elements[:rows], scale.elements
 
 
 def _to_form(values: NDArray[np.float32], form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
