@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/report-page.md: pages of `inspect --html` and `verify --html` in a headless Chromium.
+"""Draw the pictures of docs/report-page.md: pages of `inspect`, `verify` and `compare` in a headless Chromium.
 
 The checkpoints are the one of the demo, and the headers of two larger models, whose payload is never written.
 
@@ -23,9 +23,10 @@ from benchmarks.kimi import write_sparse_file  # noqa: E402
 from trtllm_ct import Model, inspect_checkpoint  # noqa: E402
 from trtllm_ct.base.dtypes import DType  # noqa: E402
 from trtllm_ct.base.schemes import TensorSpec  # noqa: E402
-from trtllm_ct.cli.page.pages import inspection_page, verification_page  # noqa: E402
+from trtllm_ct.cli.page.pages import comparison_page, inspection_page, verification_page  # noqa: E402
 from trtllm_ct.convert.convert import convert_checkpoint  # noqa: E402
 from trtllm_ct.plan.models.places import PLACES  # noqa: E402
+from trtllm_ct.verify.compare import compare_directories  # noqa: E402
 from trtllm_ct.verify.verify import verify_checkpoint  # noqa: E402
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ def main() -> None:
         document = {**report.to_dict(), "directory": "demo", "converted": "out"}
         page = verification_page(report, document).replace(str(work / "out"), "OUT").replace(str(DEMO), "DIR")
         draw(browser, work, "verify", page, height=850, focus="self_attn.q_proj")
+        convert_checkpoint(DEMO, work / "rounded", engine="stock-1.3", sm=100, requantize="all=nvfp4")
+        compared = compare_directories(DEMO, work / "rounded")
+        page = comparison_page(compared, {**compared.to_dict(), "first": "demo", "second": "rounded to nvfp4"})
+        draw(browser, work, "compare", page, height=750, focus="self_attn.q_proj")
 
 
 def inspect_page(directory: Path, shown: str = "demo", **options: Any) -> str:

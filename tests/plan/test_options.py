@@ -10,6 +10,7 @@ import torch
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import UsageError
+from trtllm_ct.engine.requantization import FORMS
 from trtllm_ct.plan.options import PlanArguments, PlanOptions, dense_dtype
 
 
@@ -23,6 +24,15 @@ def test_options_are_made_from_keywords() -> None:
     options = PlanOptions.of("dense", dtype="float16", strict=True)
 
     assert options == PlanOptions(to="dense", dtype=DType.F16, strict=True)
+
+
+@pytest.mark.parametrize("asked", ["all=nvfp4", ["experts=nvfp4", "linears=nvfp4"], {"all": "nvfp4"}])
+def test_requantization_is_asked_for_in_words(asked: Any) -> None:
+    parsed = PlanOptions.of("modelopt", requantize=asked).requantize
+
+    assert parsed.experts is parsed.linears is FORMS["nvfp4"]
+    assert PlanOptions.of("modelopt", requantize=parsed).requantize is parsed
+    assert PlanOptions.of("modelopt", requantize=None) == PlanOptions()
 
 
 @pytest.mark.parametrize(

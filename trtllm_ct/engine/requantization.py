@@ -167,13 +167,14 @@ class Requantize:
     calibration: Calibration = NOT_CALIBRATED
 
     @classmethod
-    def parse(cls, texts: str | Iterable[str] | Mapping[str, str] | None) -> Requantize:
+    def parse(cls, texts: str | Iterable[str] | Mapping[str, str] | Requantize | None) -> Requantize:
         """Return what texts such as `experts=fp8-block` ask for; a mapping of the same words is accepted too.
 
-        Several may stand in one text, with commas between them. Raises `UsageError` for other words.
+        Several may stand in one text, with commas between them. What was parsed before is returned as it is. Raises
+        `UsageError` for other words.
         """
-        if texts is None:
-            return NOT_REQUANTIZED
+        if texts is None or isinstance(texts, Requantize):
+            return texts or NOT_REQUANTIZED
         if isinstance(texts, Mapping):
             texts = [f"{what}={form}" for what, form in texts.items()]
         words = [texts] if isinstance(texts, str) else texts

@@ -14,7 +14,7 @@ from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.engine.target import MODELOPT, Target, target_named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from typing_extensions import Self, Unpack
 
@@ -32,7 +32,7 @@ class PlanArguments(TypedDict, total=False):
     strict: bool
     parallel: Parallel
     dense_o_proj: bool
-    requantize: Requantize
+    requantize: str | Iterable[str] | Mapping[str, str] | Requantize | None
     kv_cache: str | None
 
 
@@ -72,11 +72,13 @@ class PlanOptions:
 
     @classmethod
     def of(cls, to: str, **asked: Unpack[PlanArguments]) -> Self:
-        """Return the options for a target, given as keyword arguments; `dtype` may be a name, see `dense_dtype`.
+        """Return the options for a target, given as keyword arguments.
 
-        Raises `UsageError` for an unknown dtype.
+        `dtype` may be a name, see `dense_dtype`, and `requantize` text such as `experts=nvfp4`, see `Requantize.parse`.
+        Raises `UsageError` for unknown ones.
         """
-        return cls(to=to, **{**asked, "dtype": dense_dtype(asked.get("dtype"))})  # type: ignore[arg-type]
+        parsed = {"dtype": dense_dtype(asked.get("dtype")), "requantize": Requantize.parse(asked.get("requantize"))}
+        return cls(to=to, **{**asked, **parsed})  # type: ignore[arg-type]
 
     def target(self) -> Target:
         """Return the target with the capabilities of the release and the GPUs.

@@ -27,7 +27,7 @@ from trtllm_ct.verify.comparison import Comparison, compare_native
 from trtllm_ct.verify.converted import checks_of, source_modules
 from trtllm_ct.verify.engine_ranks import is_engine_directory
 from trtllm_ct.verify.matching import DirectoryMatch, NamedPair
-from trtllm_ct.verify.module_values import CheckpointSide, ConvertedSide, bytes_of
+from trtllm_ct.verify.module_values import CheckpointSide, ConvertedSide, bytes_of, has_values
 from trtllm_ct.verify.pairs import Pair
 from trtllm_ct.verify.source.files import TensorFiles, tensors_of
 from trtllm_ct.verify.source.modules import read_modules
@@ -197,8 +197,9 @@ class _Sides:
 
     @property
     def keys(self) -> list[str]:
-        """The modules of both, in the order of the first one."""
-        return [*dict.fromkeys((*self.one.by_key, *self.other.by_key))]
+        """The modules of both that have numbers to compare, in the order of the first one."""
+        both = (*self.one.by_key.items(), *self.other.by_key.items())
+        return [*dict.fromkeys(key for key, module in both if has_values(module))]
 
     def module(self, key: str, error: Comparison | None) -> ComparedModule:
         """Return one module; `error` is the comparison of its values."""

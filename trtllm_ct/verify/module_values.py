@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trtllm_ct.verify.source.files import SourceTensor
     from trtllm_ct.verify.source.modules import Module
 
-__all__ = ["CheckpointSide", "ConvertedSide", "Values", "bytes_of"]
+__all__ = ["CheckpointSide", "ConvertedSide", "Values", "bytes_of", "has_values"]
 
 _OF_LINEAR = frozenset({"bias", "k_scale", "v_scale"})
 
@@ -76,7 +76,10 @@ class ConvertedSide:
         exact = self.match.exact_weight(source) if layer is not None and source is not None else None
         if layer is not None and exact is not None and len(exact.shape) == 2:
             yield "weight", _native(module, layer, (exact.shape[0], exact.shape[1]))
-        elif layer is None and "weight" in module.tensors:
+            # All others belong to the mode, and so to the weight.
+            yield from ((local, values) for local, values in _plain_values(module) if local in _OF_LINEAR)
+            return
+        if layer is None and "weight" in module.tensors:
             yield "weight", _numbers(module, "weight")
         yield from _plain_values(module)
 
@@ -93,6 +96,11 @@ def _native(module: Module, layer: LayerQuantConfig, shape: tuple[int, int]) -> 
         return values if factors is None else values * factors
 
     return Values(shape=shape, rows=rows)
+
+
+def has_values(module: Module) -> bool:
+    """Whether a module has numbers to compare: not if it stores nothing but scales of inputs or of the KV cache."""
+    return has_weight(module.tensors) or bool(plain_tensors(module.tensors))
 
 
 def _plain_values(module: Module) -> Iterator[tuple[str, Values]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 
-KINDS = ("inspect", "convert", "verify", "fault")
+KINDS = ("inspect", "convert", "verify", "fault", "compare")
 SCHEMES = {"q_proj": "mxfp4a16", "o_proj": "fp8-block", "gate_proj": "int4-g128", "down_proj": "int8-g32"}
 # One expert is plain beside dequantized ones: their cell is striped.
 SCHEMES["model.layers.1.mlp.experts.0.gate_proj"] = "dense"
@@ -67,6 +67,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dic
         "inspect": run("inspect", "inspect", source, "--elsewhere", "--to", "reference"),
         "convert": run("convert", "convert", source, out),
         "verify": run("verify", "verify", source, out),
+        "compare": run("compare", "compare", source, out),
     }
     rewrite(out, lambda tensors: tensors["model.layers.1.self_attn.k_norm.weight"].neg_())
     made["fault"] = run("fault", "verify", source, out)
@@ -120,7 +121,7 @@ def test_a_script_of_a_stranger_does_not_run(browser: Browser, pages: dict[str, 
     assert any("Content Security Policy" in message for message in browser.messages)
 
 
-@pytest.mark.parametrize("kind", ["inspect", "convert"])
+@pytest.mark.parametrize("kind", ["inspect", "convert", "compare"])
 def test_shown_numbers_are_those_of_the_document(browser: Browser, pages: dict[str, Any], kind: str) -> None:
     page, document = pages[kind]
     browser.open(page)
@@ -129,7 +130,7 @@ def test_shown_numbers_are_those_of_the_document(browser: Browser, pages: dict[s
         "[...document.querySelectorAll('data[data-key]')].map((d) => [d.dataset.key, Number(d.value)])"
     )
 
-    assert len(values) > 10
+    assert len(values) >= (2 if kind == "compare" else 10)
     for key, value in values:
         found: Any = document
         for part in key.split("."):
