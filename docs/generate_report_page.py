@@ -95,9 +95,9 @@ def main() -> None:
         document = {**report.to_dict(), "directory": "demo", "converted": "out"}
         page = verification_page(report, document).replace(str(work / "out"), "OUT").replace(str(DEMO), "DIR")
         draw(browser, work, "verify", page, height=850, focus="self_attn.q_proj")
-        convert_checkpoint(DEMO, work / "rounded", engine="stock-1.3", sm=100, requantize="all=nvfp4")
-        compared = compare_directories(DEMO, work / "rounded")
-        page = comparison_page(compared, {**compared.to_dict(), "first": "demo", "second": "rounded to nvfp4"})
+        convert_checkpoint(DEMO, work / "dense", to="dense")
+        compared = compare_directories(DEMO, work / "dense")
+        page = comparison_page(compared, {**compared.to_dict(), "first": "demo", "second": "dense"})
         draw(browser, work, "compare", page, height=750, focus="self_attn.q_proj")
 
 
