@@ -17,7 +17,7 @@ from hub_cache import COMMIT, HubCache
 from rich.console import Console
 
 from trtllm_ct import LLM, prepare
-from trtllm_ct.cli import report
+from trtllm_ct.cli import machine_report
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.engine.releases import DEFAULT_ENGINE
 from trtllm_ct.plan.options import PlanOptions
@@ -194,7 +194,7 @@ def test_other_files_in_the_cache_are_not_listed(source: Path, sidecar_cache: Pa
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_a_narrow_terminal_loses_no_letter(source: Path, sidecar_cache: Path, width: int) -> None:
     make_sidecar(source, OPTIONS)
-    wide, narrow = (_letters(report.sidecars(sidecar_cache, list_sidecars()), each) for each in (400, width))
+    wide, narrow = (_letters(machine_report.sidecars(sidecar_cache, list_sidecars()), each) for each in (400, width))
 
     assert narrow == wide
 

@@ -11,7 +11,7 @@ from command_line import run_cli
 from rich.console import Console
 
 from trtllm_ct.base.errors import CatalogError, Fault
-from trtllm_ct.cli import report
+from trtllm_ct.cli import lines
 
 
 def printed(renderable: object) -> str:
@@ -27,7 +27,7 @@ def fault(where: str, found: str = "text") -> Fault:
 
 def test_files_of_one_directory_in_an_error(tmp_path: Path) -> None:
     names = ("config.json", "tokenizer.json", "generation_config.json")
-    text = printed(report.failure(CatalogError(*(fault(f"{tmp_path}/{name}", name) for name in names))))
+    text = printed(lines.failure(CatalogError(*(fault(f"{tmp_path}/{name}", name) for name in names))))
 
     assert text.count(str(tmp_path)) == 1
     assert text.splitlines()[0] == f"In {tmp_path}:"
@@ -36,11 +36,11 @@ def test_files_of_one_directory_in_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["/model/config.json", "model.norm.weight", "/", "config.json: dtype"])
 def test_a_single_place_stays_as_it_is(where: str) -> None:
-    assert printed(report.failure(CatalogError(fault(where)))).splitlines()[0] == where
+    assert printed(lines.failure(CatalogError(fault(where)))).splitlines()[0] == where
 
 
 def test_other_directories_keep_their_paths() -> None:
-    text = printed(report.faults([fault("/model/a.json"), fault("/models/b.json", "b")], [Path("/model"), None]))
+    text = printed(lines.faults([fault("/model/a.json"), fault("/models/b.json", "b")], [Path("/model"), None]))
 
     assert [line for line in text.splitlines() if ".json" in line] == ["a.json", "/models/b.json"]
 

@@ -13,7 +13,7 @@ from unfolded_names import unfold
 
 from trtllm_ct.base.errors import Fault
 from trtllm_ct.base.texts import format_bytes
-from trtllm_ct.cli import report
+from trtllm_ct.cli import lines, report
 from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.plan_rows import stored_rows
 from trtllm_ct.cli.tables import UnbrokenName
@@ -198,7 +198,7 @@ class TestFaults:
         where = [f"model.layers.{layer}.{name}" for layer in range(3) for name in "qk"]
         faults = [Fault(where=name, expected="a", found="b", remedy="Do this.") for name in where]
 
-        assert text(report.faults(faults)).splitlines() == [
+        assert text(lines.faults(faults)).splitlines() == [
             "model.layers.{0..2}.q",
             "model.layers.{0..2}.k",
             "  expected a",
@@ -209,12 +209,12 @@ class TestFaults:
     def test_other_faults_are_listed_separately(self):
         other = Fault(where="model.layers.1.q", expected="a", found="c", remedy="Do this.")
 
-        assert text(report.faults([self.FAULT, other])).count("Do this.") == 2
+        assert text(lines.faults([self.FAULT, other])).count("Do this.") == 2
 
     def test_brackets_are_shown_as_text(self):
         fault = Fault(where="x[bold]", expected="shape [2, 3]", found="[red]", remedy="See [link].")
 
-        assert words(report.faults([fault])) == "x[bold] expected shape [2, 3] found [red] See [link]."
+        assert words(lines.faults([fault])) == "x[bold] expected shape [2, 3] found [red] See [link]."
 
 
 class TestPlan:

@@ -9,7 +9,10 @@ cache_commands.py    the commands of `trtllm-ct cache`
 run.py       runs them: logging, errors, exit codes, JSON output
 progress.py  how far a conversion or a verification is
 options.py   the options that commands share
-report.py    formats what the commands print
+report.py    formats what inspect, plan, convert and verify print
+machine_report.py    formats what doctor and the commands of cache print
+reference_report.py  formats what generate, calibrate and perplexity print
+lines.py     lines of reports: faults, deviations, warnings, and texts of strangers shown harmlessly
 page/        reports as one HTML page
 comparison_report.py  formats what compare prints
 tables.py    tables and names that are never cut off

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trtllm_ct.cli import report
+from trtllm_ct.cli import machine_report
 from trtllm_ct.cli.options import (
     Json,
 )
@@ -20,7 +20,7 @@ def cache_list(as_json: Json = False) -> None:
     if as_json:
         print_json("cache-list", {"root": str(root), "sidecars": [sidecar.to_dict() for sidecar in sidecars]})
     else:
-        stdout.print(report.sidecars(root, sidecars))
+        stdout.print(machine_report.sidecars(root, sidecars))
 
 
 def cache_clear(as_json: Json = False) -> None:
@@ -33,4 +33,4 @@ def cache_clear(as_json: Json = False) -> None:
         paths = {name: [*map(str, directories[name])] for name in directories}
         print_json("cache-clear", {"root": str(root), **paths})
     else:
-        stdout.print(report.cleared_sidecars(root, cleared))
+        stdout.print(machine_report.cleared_sidecars(root, cleared))

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from trtllm_ct.base.texts import format_bytes, printable
-from trtllm_ct.cli import report
+from trtllm_ct.cli import lines
 from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.tables import fitted_table
 
@@ -28,7 +28,7 @@ def comparison(found: DirectoryComparison) -> RenderableType:
         groups.setdefault(key, []).append(module)
     table = fitted_table("modules", "first", "second", "first bytes", "second bytes", "largest error")
     for (first, second, _), modules in sorted(groups.items(), key=lambda group: (group[0][2], group[0])):
-        names = "\n".join(map(report.escape, fold_names(module.name for module in modules)))
+        names = "\n".join(map(lines.escape, fold_names(module.name for module in modules)))
         table.add_row(names, first or "-", second or "-", *_bytes(modules), _error(modules, compared=found.compared))
     parts: list[RenderableType] = [
         Text(printable(f"{found.first} and {found.second}")),
@@ -36,7 +36,7 @@ def comparison(found: DirectoryComparison) -> RenderableType:
         table,
     ]
     if found.faults:
-        parts.append(report.problems(found.faults, [found.first, found.second]))
+        parts.append(lines.problems(found.faults, [found.first, found.second]))
     return Group(*parts)
 
 

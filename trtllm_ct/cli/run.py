@@ -15,7 +15,7 @@ from trtllm_ct.base.errors import TrtllmCtError, UsageError
 from trtllm_ct.base.memory_errors import memory_errors
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
-from trtllm_ct.cli import report
+from trtllm_ct.cli import lines
 from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.interrupts import ending_on_signals
 from trtllm_ct.cli.log_format import PrintableFormatter
@@ -66,7 +66,7 @@ def run_app(commands: typer.Typer) -> None:
             document = {"error": type(error).__name__, "faults": faults, "warnings": list(error.warnings)}
             print_json("error", document)
         else:
-            stderr.print(report.failure(error))
+            stderr.print(lines.failure(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
@@ -94,7 +94,7 @@ def conversion_progress() -> Iterator[
 
         def on_start(plan: Plan) -> Callable[[int], None]:
             if plan.problems:
-                stderr.print(report.problems(plan.problems))
+                stderr.print(lines.problems(plan.problems))
             return start(plan.delivered_bytes)
 
         yield on_start, partial(start, what="Downloading")

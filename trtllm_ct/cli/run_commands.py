@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trtllm_ct.cli import report
+from trtllm_ct.cli import machine_report, reference_report
 from trtllm_ct.cli.interrupts import going_on_from, nothing_written
 from trtllm_ct.cli.options import (
     Chat,
@@ -62,7 +62,7 @@ def generate(
         continued = "" if found[0].chat else found[0].prompt
         stdout.print(continued + found[0].text, markup=False, highlight=False)
     else:
-        stdout.print(report.generations(named))
+        stdout.print(reference_report.generations(named))
 
 
 def perplexity(
@@ -88,7 +88,7 @@ def perplexity(
         first = found[0]
         print_json("perplexity", {"models": [one.to_dict() | {"difference": one.difference(first)} for one in found]})
     else:
-        stdout.print(report.perplexities(found))
+        stdout.print(reference_report.perplexities(found))
 
 
 def calibrate(
@@ -114,7 +114,7 @@ def calibrate(
     if as_json:
         print_json("calibrate", {"out": str(out), **measured.to_dict()})
     else:
-        stdout.print(report.calibration(measured, out))
+        stdout.print(reference_report.calibration(measured, out))
 
 
 def doctor(
@@ -141,7 +141,7 @@ def doctor(
     if as_json:
         print_json("doctor", diagnosis.to_dict())
     else:
-        stdout.print(report.diagnosis(diagnosis))
+        stdout.print(machine_report.diagnosis(diagnosis))
     if not diagnosis.good:
         raise typer.Exit(1)
 
