@@ -6,28 +6,87 @@ checkpoint or any other error, 130 after Ctrl-C and 143 after SIGTERM.
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from trtllm_ct.cli.cache_commands import cache_clear, cache_list
-from trtllm_ct.cli.convert_commands import convert, verify
-from trtllm_ct.cli.inspect_commands import compare, inspect, plan
 from trtllm_ct.cli.run import run_app, stdout
-from trtllm_ct.cli.run_commands import calibrate, demo, doctor, generate, perplexity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["app", "main"]
 
+_COMMANDS: Mapping[str, str] = {
+    "inspect": "inspect_commands",
+    "plan": "inspect_commands",
+    "compare": "inspect_commands",
+    "convert": "convert_commands",
+    "verify": "convert_commands",
+    "generate": "run_commands",
+    "perplexity": "run_commands",
+    "calibrate": "run_commands",
+    "doctor": "run_commands",
+    "demo": "run_commands",
+    "version": "commands",
+}
+"""The file of each command, a function of the same name; only that of the command that runs is imported."""
+_CACHE_COMMANDS: Mapping[str, str] = {"list": "cache_list", "clear": "cache_clear"}
+"""The functions of the commands of `cache`."""
+
+_PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+
+class _Commands(TyperGroup):
+    """The commands of `trtllm-ct`, imported when they are called: importing all of them takes longer than most run."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        """Return the names of all commands, in the order of the help."""
+        return [*_COMMANDS, *super().list_commands(context)]
+
+    def get_command(self, context: Any, name: str) -> Any:
+        """Return a command by name; None if there is none."""
+        if name not in _COMMANDS:
+            return super().get_command(context, name)
+        return _command(name, getattr(import_module(f"trtllm_ct.cli.{_COMMANDS[name]}"), name))
+
+
+class _CacheCommands(TyperGroup):
+    """The same for `cache`."""
+
+    def list_commands(self, context: Any) -> list[str]:  # noqa: ARG002
+        """Return the names of all commands."""
+        return [*_CACHE_COMMANDS]
+
+    def get_command(self, context: Any, name: str) -> Any:  # noqa: ARG002
+        """Return a command by name; None if there is none."""
+        if name not in _CACHE_COMMANDS:
+            return None
+        return _command(name, getattr(import_module("trtllm_ct.cli.cache_commands"), _CACHE_COMMANDS[name]))
+
+
+def _command(name: str, function: Any) -> Any:
+    """Return the command of a function, as an app of this one command would run it."""
+    single = typer.Typer(add_completion=False, **_PLAIN)
+    single.command(name)(function)
+    return typer.main.get_command(single)
+
+
 app = typer.Typer(
     name="trtllm-ct",
+    cls=_Commands,
     help="Load compressed-tensors checkpoints into TensorRT-LLM.",
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    **_PLAIN,
 )
 cache = typer.Typer(
-    help="Directories that were prepared for TensorRT-LLM.", invoke_without_command=True, rich_markup_mode=None
+    cls=_CacheCommands,
+    help="Directories that were prepared for TensorRT-LLM.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
 )
 app.add_typer(cache, name="cache")
 
@@ -66,12 +125,6 @@ def version() -> None:
     from trtllm_ct.base.version import __version__
 
     stdout.print(__version__, highlight=False)
-
-
-for command in (inspect, plan, compare, convert, verify, generate, perplexity, calibrate, doctor, demo, version):
-    app.command()(command)
-for name, command in (("list", cache_list), ("clear", cache_clear)):
-    cache.command(name)(command)
 
 
 def main() -> None:
