@@ -113,3 +113,14 @@ def test_what_values_are_refused_for_is_refused(scale: float, found: str, from_c
 
     assert found in caught.value.faults[0].found
     assert not from_codes
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_value_that_is_not_finite_is_refused_for_every_form(value: float) -> None:
+    """Of two infinite values of both signs, whose sum is no number, too."""
+    scale = torch.full((6, 2), 0.01)
+    scale[4, 1] = value
+    codes = RoundedCodes(result=TensorSpec(DType.F8_E4M3, SHAPE), form=FORMS["fp8-block"])
+
+    with pytest.raises(PayloadError, match=r"lin\.weight\[4, 32\]"):
+        codes.run("lin.weight", int4_module(scale.bfloat16()))
