@@ -15,5 +15,6 @@
 | `plots.py`    | plots time against size, as SVG                                           |
 | `page.py`     | writes tables and plots into docs/performance.md                          |
 | `machine.py`  | describes the machine of the measurements                                 |
+| `experts.py`  | `python -m benchmarks.experts`: int4 experts, dequantized and requantized |
 | `__main__.py` | the command line; prints the report as tables or JSON                     |
 """

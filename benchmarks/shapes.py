@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.layouts.stored_array import StoredArray
 
-__all__ = ["DEFAULT_SHAPES", "SHAPES", "LlamaShape", "Shape"]
+__all__ = ["DEFAULT_SHAPES", "SHAPES", "LlamaShape", "Shape", "random_tensor"]
 
 _SHARD_BYTES = 5 * 10**9
 # Random and fixed bits of bfloat16 numbers: a random mantissa and a fixed exponent.
@@ -217,7 +217,7 @@ class LlamaShape:
             for name, spec in specs.items():
                 shape = shapes.get(name)
                 stored = StoredArray(np.array(shape, np.int64), DType.I64) if shape else None
-                writer.write(name, stored or _random_tensor(name, spec, self.seed))
+                writer.write(name, stored or random_tensor(name, spec, self.seed))
             writer.finish()
         (directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         return len(specs)
@@ -247,7 +247,7 @@ class LlamaShape:
         return {**tables, **dict.fromkeys([*norms, "model.norm.weight"], norm)}
 
 
-def _random_tensor(name: str, spec: TensorSpec, seed: int) -> StoredArray:
+def random_tensor(name: str, spec: TensorSpec, seed: int) -> StoredArray:
     """Return a tensor that depends only on its name and the seed: random bits as codes, finite numbers otherwise."""
     import numpy as np
 

@@ -1,0 +1,128 @@
+"""Time conversions of int4 experts, as they are dequantized and as they are requantized, in turn.
+
+    python -m benchmarks.experts FOLDER [RUNS]
+
+The checkpoint has one layer with 24 experts of the size of Kimi K2's, 1.06 * 10^9 weights in groups of 32, and is kept
+in FOLDER for the next time. Each conversion is a process of its own; nothing is synced.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.shapes import random_tensor
+from trtllm_ct.base.dtypes import DType
+from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.checkpoint.writer import ShardedWriter
+from trtllm_ct.layouts.stored_array import StoredArray
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+HIDDEN, INTERMEDIATE, EXPERTS, HEADS, HEAD_DIM, VOCABULARY, GROUP = 7168, 2048, 24, 64, 128, 1024, 32
+PLACES = {
+    "dequantized": ("--sm", "100"),
+    "fp8-block": ("--sm", "90", "--requantize", "experts=fp8-block"),
+    "mxfp4": ("--sm", "100", "--requantize", "experts=mxfp4"),
+    "nvfp4": ("--sm", "100", "--requantize", "experts=nvfp4"),
+}
+"""The options of each conversion."""
+
+CONFIG: Mapping[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "dtype": "bfloat16",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "moe_intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": HEAD_DIM,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 8,
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": False,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["re:.*experts.*_proj"],
+                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP},
+            }
+        },
+    },
+}
+
+
+def main(folder: Path, runs: int = 3) -> None:
+    """Write the checkpoint unless it is there, run all conversions `runs` times, and print medians."""
+    source, out = folder / "experts", folder / "out"
+    if not (source / "config.json").exists():
+        write(source)
+    seconds: dict[str, list[float]] = {name: [] for name in PLACES}
+    for _ in range(runs):
+        for name, options in PLACES.items():
+            shutil.rmtree(out, ignore_errors=True)
+            command = [sys.executable, "-m", "trtllm_ct", "convert", source, out, "--no-sync", "--engine", "1.3"]
+            started = time.perf_counter()
+            subprocess.run([*map(str, command), *options], check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+            seconds[name].append(time.perf_counter() - started)
+    shutil.rmtree(out, ignore_errors=True)
+    first = median(seconds["dequantized"])
+    for name, found in seconds.items():
+        print(f"{name}: {median(found):.2f} s, {median(found) / first:.2f} x ({min(found):.2f} to {max(found):.2f} s)")
+
+
+def write(directory: Path) -> None:
+    """Write the checkpoint."""
+    directory.mkdir(parents=True)
+    specs, shapes = plain(), {}
+    for expert in range(EXPERTS):
+        for local, shape in (
+            ("gate_proj", (INTERMEDIATE, HIDDEN)),
+            ("up_proj", (INTERMEDIATE, HIDDEN)),
+            ("down_proj", (HIDDEN, INTERMEDIATE)),
+        ):
+            module = f"model.layers.0.mlp.experts.{expert}.{local}"
+            shapes[f"{module}.weight_shape"] = shape
+            specs[f"{module}.weight_packed"] = TensorSpec(DType.I32, (shape[0], shape[1] // 8))
+            specs[f"{module}.weight_scale"] = TensorSpec(DType.BF16, (shape[0], shape[1] // GROUP))
+            specs[f"{module}.weight_shape"] = TensorSpec(DType.I64, (2,))
+    with ShardedWriter(directory, specs, max_shard_bytes=5 * 10**9) as writer:
+        for name, spec in specs.items():
+            stored = StoredArray(np.array(shapes[name], np.int64), DType.I64) if name in shapes else None
+            writer.write(name, stored or random_tensor(name, spec, 0))
+        writer.finish()
+    (directory / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+
+
+def plain() -> dict[str, TensorSpec]:
+    """Return the specs of the tensors that are not quantized."""
+    layer, queries = "model.layers.0", HEADS * HEAD_DIM
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens": (VOCABULARY, HIDDEN),
+        "lm_head": (VOCABULARY, HIDDEN),
+        "model.norm": (HIDDEN,),
+        f"{layer}.input_layernorm": (HIDDEN,),
+        f"{layer}.post_attention_layernorm": (HIDDEN,),
+        f"{layer}.mlp.gate": (EXPERTS, HIDDEN),
+        f"{layer}.self_attn.o_proj": (HIDDEN, queries),
+    }
+    shapes |= {f"{layer}.self_attn.{local}_proj": (queries, HIDDEN) for local in "qkv"}
+    shapes |= {f"{layer}.self_attn.{local}_norm": (HEAD_DIM,) for local in "qk"}
+    return {f"{module}.weight": TensorSpec(DType.BF16, shape) for module, shape in shapes.items()}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
