@@ -214,6 +214,7 @@ def test_the_document_has_the_same_keys_with_and_without_problems(tmp_path: Path
         "stored_bytes",
         "delivered_bytes",
         "rank_bytes",
+        "sms",
         "parts",
         "gpus",
         "elsewhere",

@@ -138,7 +138,8 @@ ForSm = Annotated[
     int | None,
     typer.Option(
         "--sm",
-        help=f"Compute capability of the GPUs: {', '.join(map(str, SMS))}. By default what all of them have in common.",
+        help=f"Compute capability of the GPUs: {', '.join(map(str, SMS))}. By default what all of them have in common, "
+        "and modes that only some have.",
         show_default=False,
     ),
 ]

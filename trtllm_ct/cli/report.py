@@ -15,8 +15,9 @@ from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.lines import deviations, escape, faults, joined, line, problems, warnings
 from trtllm_ct.cli.plan_rows import delivered_rows, stored_rows
 from trtllm_ct.cli.tables import UnbrokenName, fitted_table
+from trtllm_ct.engine.platform import sms_in_words
 from trtllm_ct.plan.checks import checks_text
-from trtllm_ct.plan.verdict import family_note, largest_cost, rank_text, verdict
+from trtllm_ct.plan.verdict import family_note, gpus_text, largest_cost, rank_text, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,6 +50,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> RenderableType:
             line(f"  architecture: {report.plan.architecture}, {report.plan.dtype.torch_name}"),
             _checks(report.plan),
             line(f"  KV cache: {report.plan.quant_config.kv_cache_quant_algo or 'not quantized'}"),
+            *_gpus(report.plan),
             Text(""),
             _modules(report.plan) if modules else _schemes(report.rows(), report.target),
             *(line(note, style="dim") for note in [family_note(report.plan)] if note),
@@ -66,7 +68,7 @@ def _elsewhere(found: Sequence[ServedOn]) -> RenderableType:
 
     table = fitted_table("release", "GPUs", "keep their codes", "computed otherwise", "bytes", "problems")
     for served in found:
-        gpus = f"SM{served.sm}" if served.sm else "all"
+        gpus = sms_in_words([served.sm] if served.sm else served.sms) or "none"
         kept = f"{served.kept} of {served.quantized}"
         table.add_row(
             *(served.engine, gpus, kept, str(served.deviating)),
@@ -96,7 +98,12 @@ def plan(
     )
     deliveries = (delivery for delivery in checkpoint_plan.deliveries() if shown(delivery.name))
     _fill(delivered, delivered_rows(deliveries, unfold=unfold))
-    about = (_checks(checkpoint_plan), *deviations(checkpoint_plan), warnings(checkpoint_plan.warnings))
+    about = (
+        _checks(checkpoint_plan),
+        *_gpus(checkpoint_plan),
+        *deviations(checkpoint_plan),
+        warnings(checkpoint_plan.warnings),
+    )
     sentence = line(verdict(checkpoint_plan, checkpoint_plan.problems), style="bold")
     first = (sentence, *_costs(checkpoint_plan, alternative))
     return Group(*first, stored, delivered, *about)
@@ -139,6 +146,7 @@ def conversion(report: ConversionReport) -> RenderableType:
         *_named("code that a configuration names or --carry asked for", report.code_files),
         *_named("left out, --carry PATTERN copies them", report.left_out_files),
         _checks(plan),
+        *_gpus(plan),
         *(line(f"  dequantized {count} modules: {reason}") for reason, count in dequantized.items()),
     ]
     return Group(*lines, *deviations(plan), warnings(report.warnings))
@@ -217,6 +225,11 @@ def _size(row: SchemeRow) -> str:
 
 def _reason(row: SchemeRow) -> str:
     return "; ".join(text for text in (row.reason, row.note) if text)
+
+
+def _gpus(plan: Plan) -> list[Text]:
+    """Return the line that names the GPUs whose kernels have all modes; none if there is nothing to say."""
+    return [line(f"  {text}") for text in [gpus_text(plan)] if text]
 
 
 def _modules(plan: Plan) -> Table:

@@ -23,7 +23,8 @@ SMS = (89, 90, 100, 120)
 class Platform:
     """A release of the engine and the SM of its GPUs, one of `SMS`.
 
-    `sm` is None if it is not known: a plan then counts on what the kernels of all SMs have in common.
+    `sm` is None if it is not known: a plan then counts on what the kernels of all SMs have in common, and on modes that
+    only some SMs have where no other mode holds a weight.
     """
 
     release: Release

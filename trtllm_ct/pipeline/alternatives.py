@@ -73,13 +73,14 @@ def _changes(plan: Plan, options: PlanOptions) -> Iterator[Change]:
 class ServedOn:
     """How a release on GPUs of an SM would serve a checkpoint.
 
-    `sm` is None for what all GPUs have in common. `kept` of `quantized` modules keep their codes, of which the engine
-    computes `deviating` ones otherwise than their scheme asks for. `problems` is the number of reasons why it can't
-    serve the result.
+    `sm` is None if no SM was asked for; `sms` are those that have a kernel for every mode. `kept` of `quantized`
+    modules keep their codes, of which the engine computes `deviating` ones otherwise than their scheme asks for.
+    `problems` is the number of reasons why it can't serve the result.
     """
 
     engine: str
     sm: int | None
+    sms: tuple[int, ...]
     quantized: int
     kept: int
     deviating: int
@@ -93,6 +94,7 @@ class ServedOn:
         return cls(
             engine=plan.engine,
             sm=plan.sm,
+            sms=plan.sms or (),
             quantized=sum(module.weight is not None for module in plan.modules),
             kept=len(kept),
             deviating=sum(bool(module.note) for module in kept),

@@ -144,6 +144,7 @@ class Inspection:
                 "stored_bytes": plan.stored_bytes if plan else None,
                 "delivered_bytes": plan.delivered_bytes if plan else None,
                 "rank_bytes": plan.rank_bytes if plan else None,
+                "sms": plan.sms if plan else None,
                 "parts": self.parts(),
                 "gpus": self.gpus(),
                 "elsewhere": self.elsewhere,

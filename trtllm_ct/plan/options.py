@@ -43,7 +43,8 @@ class PlanOptions:
     Attributes:
         to: Name of the target.
         engine: Release line of TensorRT-LLM that the plan is made for, or a version such as 1.2.1.
-        sm: SM of the GPUs that the engine will run on; None plans for what all of them have in common.
+        sm: SM of the GPUs that the engine will run on; None plans for what all of them have in common, and
+            for modes that only some of them have where no other holds a weight (`Plan.gpus`).
         untested: For target `engine` only: put integer codes into the order of the kernel, see `target_named`.
         additive_zeros: For target `tensorrt_llm` only: this package's Linear for zero points can be installed.
         dtype: Dtype of dequantized modules, None that of the model; it may change the model's too (`model_dtype.py`).

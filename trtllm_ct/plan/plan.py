@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.checks import Check
     from trtllm_ct.plan.ops import Operation
     from trtllm_ct.plan.requantize_choice import Choice
+    from trtllm_ct.plan.served_gpus import ServedGpus
     from trtllm_ct.plan.stored import View
 
 __all__ = ["OTHER", "Delivery", "Deviation", "Fate", "ModulePlan", "Place", "Plan", "Share", "StoredFate"]
@@ -264,6 +265,7 @@ class Plan:
     `rank_bytes` are the bytes of the delivered weights that the rank with most of them holds at these sizes.
     `problems` say why the engine that the plan is for can't serve the result, although it can be made.
     `engine` names the capabilities that they were chosen from, and `sm` the SM of the GPUs, None if it is not known.
+    `gpus` are those that have a kernel for every mode, None for a target that no release reads.
     `stacks` are the delivered tensors that a directory or an engine gets as parts of a stacked tensor, with their
     places in it.
     `tied` says whether the head uses the weight of the embedding; config.json may say otherwise, see `tied_head.py`.
@@ -289,6 +291,7 @@ class Plan:
     rank_bytes: int = 0
     engine: str = ""
     sm: int | None = None
+    gpus: ServedGpus | None = None
     stacks: Mapping[str, StackPart] = field(default_factory=dict)
     build_config: Mapping[str, Any] | None = None
     build_layers: Mapping[str, Any] | None = None
@@ -348,6 +351,11 @@ class Plan:
         return tuple(Deviation(note=note, mode=mode, modules=count) for (note, mode), count in counts.most_common())
 
     @property
+    def sms(self) -> tuple[int, ...] | None:
+        """The SMs that have a kernel for every mode; None for a target that no release reads."""
+        return self.gpus.sms if self.gpus else None
+
+    @property
     def requantized(self) -> dict[str, str]:
         """The forms of experts and of other modules that were rounded to codes on request; see `Requantize`."""
         return {"experts" if module.experts else "linears": module.form.name for module in self.modules if module.form}
@@ -386,6 +394,7 @@ class Plan:
                 "stored_bytes": self.stored_bytes,
                 "delivered_bytes": self.delivered_bytes,
                 "rank_bytes": self.rank_bytes,
+                "sms": self.sms,
                 "deviations": self.deviations,
                 "checks": self.checks,
                 "warnings": self.warnings,

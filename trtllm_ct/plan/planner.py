@@ -44,6 +44,7 @@ from trtllm_ct.plan.ranks.rank_bytes import bytes_of_rank_files, largest_rank_by
 from trtllm_ct.plan.requantize import refuse_requantization, requantized
 from trtllm_ct.plan.requantize_choices import choices
 from trtllm_ct.plan.row_order import QueryKeyRows
+from trtllm_ct.plan.served_gpus import no_gpu_problems, served_gpus, sms_of_modes
 from trtllm_ct.plan.stated_check import refuse_unlike_config
 from trtllm_ct.plan.tied_head import UNTIED, tied_pair
 from trtllm_ct.plan.unlisted import unlisted_warnings, unread_tensors
@@ -210,6 +211,7 @@ class _Planner:
         if catalog.complete:
             say_nothing_is_missing(self.faults)
         self.faults.raise_if_any(PlanError, warnings)
+        gpus = served_gpus(modules, capabilities.release)
         plan = Plan(
             target=self.target.name,
             architecture=self.model.name,
@@ -226,9 +228,11 @@ class _Planner:
             problems=(
                 *class_problems(self.model, capabilities.release),
                 *read_problems(modules, self.model, place, capabilities.release),
+                *no_gpu_problems(gpus),
             ),
             engine=capabilities.name,
             sm=capabilities.sm,
+            gpus=gpus,
             stacks=stacks,
             tied=self.model.tied,
             checks=checks_of(self.model, self.comparison),
@@ -497,14 +501,17 @@ class _Planner:
         self, assignments: Mapping[str, Assignment], candidates: Mapping[str, Candidate], sites: Sequence[Site]
     ) -> tuple[Choice, ...]:
         """Return what could be requantized for a release of the engine."""
-        if self.target.capabilities.release is None:
+        release = self.target.capabilities.release
+        if release is None:
             return ()
         found = choices(assignments, candidates, sites, self.target, self.dtypes.dequantized.itemsize)
-        if not self.model.row.one_mode:
-            return found
-        # Another mode would have the kept modules dequantized, see `as_class_accepts`.
-        kept = {str(made.holding.mode.algo) for made in assignments.values() if made.holding}
-        return tuple(choice for choice in found if kept <= {choice.mode})
+        kept = {
+            (made.holding.mode.algo, candidates[name].site.expert) for name, made in assignments.items() if made.holding
+        }
+        if self.model.row.one_mode:
+            # Another mode would have the kept modules dequantized, see `as_class_accepts`.
+            return tuple(choice for choice in found if {algo for algo, _ in kept} <= {choice.mode})
+        return tuple(choice for choice in found if sms_of_modes({*kept, (choice.mode, choice.for_experts)}, release))
 
 
 def _with_shape(site: Site, weight: QuantizedWeight | None) -> Site:

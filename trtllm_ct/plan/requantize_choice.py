@@ -9,7 +9,7 @@ from trtllm_ct.base.json_form import json_object
 
 if TYPE_CHECKING:
     from trtllm_ct.base.dtypes import DType
-    from trtllm_ct.base.schemes import Element
+    from trtllm_ct.base.schemes import Element, QuantAlgo
     from trtllm_ct.engine.requantization import Form
 
 __all__ = ["Choice"]
@@ -26,11 +26,16 @@ class Choice:
 
     what: str
     form: Form
-    mode: str
+    mode: QuantAlgo
     activations: str
     modules: int
     dense_bytes: int
     coded_bytes: int
+
+    @property
+    def for_experts(self) -> bool:
+        """Whether it is about routed experts."""
+        return self.what == "experts"
 
     @property
     def calibrated(self) -> bool:

@@ -101,7 +101,7 @@ def _choice(
     return Choice(
         what=what,
         form=form,
-        mode=str(held.mode.algo),
+        mode=held.mode.algo,
         activations=str(held.mode.activations),
         modules=modules,
         dense_bytes=dense,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.plan.plan import ModulePlan, Plan
 
-__all__ = ["costliest", "family_note", "largest_cost", "rank_text", "verdict"]
+__all__ = ["costliest", "family_note", "gpus_text", "largest_cost", "rank_text", "verdict"]
 
 _NOTABLE = 1.05
 """Modules that grow by less than this factor are not named as a cost."""
@@ -70,6 +70,14 @@ def family_note(plan: Plan) -> str:
         f"{names}: the scheme family says how weights were quantized; the mode names the Linear of the engine, which "
         "holds the same values"
     )
+
+
+def gpus_text(plan: Plan) -> str:
+    """Return the GPUs whose kernels have every mode, and what others lack.
+
+    Empty if all have them, if the SM was asked for, and for a target that no release reads.
+    """
+    return f"GPUs: {plan.gpus}" if plan.gpus and plan.gpus.lacking and plan.sm is None else ""
 
 
 def rank_text(plan: Plan) -> str:

@@ -87,7 +87,7 @@ def test_numbers_are_those_of_the_document(source: Path, tmp_path: Path) -> None
     assert {key: value_of(document, key) for key in page.values} == page.values
     shown = {leaf for key in ("parts", "gpus", "elsewhere") for leaf in leaves(document[key], key)}
     # The SM, the sizes and the number of all modules are words of the row, or the same for all rows.
-    aside = re.compile(r".*\.(tensor|gpu|sm|quantized)")
+    aside = re.compile(r".*\.(tensor|gpu|sm|sms\.\d+|quantized)")
     assert {leaf for leaf in shown if not aside.fullmatch(leaf)} <= page.values.keys() | negative_rooms(document)
     assert {"stored_bytes", "delivered_bytes"} <= page.values.keys()
 

@@ -17,7 +17,7 @@ from trtllm_ct.cli.page.module_map import ModuleMap
 from trtllm_ct.cli.page.shell import page_of
 from trtllm_ct.pipeline.alternatives import elsewhere_text
 from trtllm_ct.plan.checks import checks_text
-from trtllm_ct.plan.verdict import family_note, largest_cost, rank_text
+from trtllm_ct.plan.verdict import family_note, gpus_text, largest_cost, rank_text
 
 if TYPE_CHECKING:
     from trtllm_ct.convert.convert import ConversionReport
@@ -38,7 +38,7 @@ def inspection_page(inspection: Inspection, document: dict[str, Any]) -> str:
     if plan is None:
         verdict = "It can't be delivered; the problems below say why."
         return _page(name, sections.header(name, verdict, ()) + sections.first(document))
-    facts = (_facts(plan), largest_cost(plan), document["alternative"], rank_text(plan))
+    facts = (_facts(plan), largest_cost(plan), document["alternative"], gpus_text(plan), rank_text(plan))
     modules = ModuleMap(plan.modules)
     body = (
         sections.header(name, document["verdict"], facts)
@@ -58,6 +58,7 @@ def conversion_page(report: ConversionReport, document: dict[str, Any]) -> str:
     plan = report.plan
     name = f"{document['source']} was converted to {document['out']}"
     time = f"{report.seconds:.1f} s, {format_bytes(plan.delivered_bytes / max(report.seconds, 1e-9))}/s"
+    facts = (_facts(plan), time, largest_cost(plan), gpus_text(plan), rank_text(plan))
     modules = ModuleMap(plan.modules)
     files = [f"{len(document['weight_files'])} weight files, {len(document['carried_files'])} side files copied"]
     for label, key in (
@@ -68,7 +69,7 @@ def conversion_page(report: ConversionReport, document: dict[str, Any]) -> str:
     ):
         files += [f"{label}: {', '.join(document[key])}"] if document[key] else []
     body = (
-        sections.header(name, document["verdict"], (_facts(plan), time, largest_cost(plan), rank_text(plan)))
+        sections.header(name, document["verdict"], facts)
         + sections.first(document, sections.dequantized_texts(plan.modules))
         + section("Modes of all modules", modules.html(), note=_KEYS)
         + sections.parts(document)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_ct.base.texts import format_bytes
 from trtllm_ct.cli.folding import fold_names
 from trtllm_ct.cli.page.markup import bars, bullets, bytes_of, count_of, section, table, text
+from trtllm_ct.engine.platform import sms_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,7 +136,7 @@ def elsewhere(document: Mapping[str, Any], sentence: str) -> str:
     rows = [
         (
             text(served["engine"]),
-            f"SM{served['sm']}" if served["sm"] else "all",
+            sms_in_words([served["sm"]] if served["sm"] else served["sms"]) or "none",
             f"{count_of(served['kept'], f'elsewhere.{at}.kept')} of {served['quantized']:,}",
             count_of(served["deviating"], f"elsewhere.{at}.deviating"),
             bytes_of(served["delivered_bytes"], f"elsewhere.{at}.delivered_bytes"),
