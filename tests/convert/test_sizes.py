@@ -239,18 +239,22 @@ def said(source: Path, **options: Any) -> list[str]:
 
 
 def test_a_conversion_with_default_sizes_names_those_that_would_be_wrong(source: Path) -> None:
-    (text,) = said(source)
+    """Two ranks cut keys and values apart, four the queries and the output's columns too."""
+    at_2, at_4 = said(source)
 
-    assert text.startswith("at tensor-parallel size 2, 4, an engine would misread the directory: k_proj, v_proj")
-    assert "convert with --tp" in text
+    start = "at tensor-parallel size {}, an engine would misread the directory, as it cuts modules apart: {}"
+    assert at_2.startswith(start.format(2, "k_proj, v_proj (FP8_BLOCK_SCALES: each rank's 64 rows"))
+    assert at_4.startswith(start.format(4, "q_proj, k_proj, v_proj (FP8_BLOCK_SCALES: each rank's 64 rows"))
+    assert "o_proj" in at_4
+    assert at_2.endswith("; convert with --tp")
 
 
 def test_nothing_is_said_of_sizes_of_an_engine_without_the_class(tmp_path: Path) -> None:
     """No release of the engine has Granite, so none would misread the directory."""
     sizes = {"hidden": 512, "heads": 8, "kv_heads": 2, "intermediate": 1024}
-    for name, said_of in (("LlamaForCausalLM", 1), ("GraniteForCausalLM", 0)):
+    for name, said_of in (("LlamaForCausalLM", True), ("GraniteForCausalLM", False)):
         built = write_checkpoint(tmp_path / name, config=tiny_config(name, **sizes), scheme="fp8-block")
-        assert len(said(built.directory)) == said_of
+        assert bool(said(built.directory)) == said_of
 
 
 def test_wider_heads_are_wrong_at_larger_sizes_only(tmp_path: Path) -> None:
@@ -260,6 +264,27 @@ def test_wider_heads_are_wrong_at_larger_sizes_only(tmp_path: Path) -> None:
     (text,) = said(source)
 
     assert text.startswith("at tensor-parallel size 4, ")
+
+
+def test_each_module_is_named_with_its_own_reason(tmp_path: Path) -> None:
+    """At 4 ranks heads are repeated, and columns are cut; at 8 ranks more modules are wrong than at 4."""
+    config = tiny_config(hidden=512, heads=8, kv_heads=2, intermediate=1536)
+    source = write_checkpoint(tmp_path / "model", config=config, scheme="int4-g128").directory
+
+    at_4, at_8 = said(source)
+
+    heads = (
+        "k_proj, v_proj (W4A16_AWQ: engines repeat its 2 K/V heads for ranks that outnumber them, but not their scales)"
+    )
+    assert at_4 == (
+        f"at tensor-parallel size 4, an engine would misread the directory, as it cuts modules apart: {heads}; convert "
+        "with --tp"
+    )
+    assert at_8 == at_4.replace("size 4", "size 8").replace(
+        heads,
+        f"{heads}; o_proj (W4A16_AWQ: each rank's 64 columns are no multiple of 128); "
+        "down_proj (W4A16_AWQ: each rank's 192 columns are no multiple of 128)",
+    )
 
 
 @pytest.mark.parametrize("options", [{"to": "dense"}, {"parallel": Parallel(tensor=2)}])

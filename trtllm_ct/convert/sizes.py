@@ -139,7 +139,7 @@ class ConvertedDirectory:
             Fault(
                 where=str(self.directory),
                 expected=f"the sizes that it was converted for ({_label(self.parallel)}), or others that it holds",
-                found=f"{_label(parallel)}, where {_summary(unheld)}",
+                found=f"{_label(parallel)}, which would cut modules apart: {_by_reason(unheld)}",
                 remedy=f"Convert the source again with {_options(parallel)}"
                 + (f", or serve with tensor-parallel size {fitting}." if fitting else "."),
             ),
@@ -155,7 +155,7 @@ class ConvertedDirectory:
             Fault(
                 where=str(self.directory),
                 expected=f"a GPU that runs its modes; it was converted for {made_for}",
-                found=f"SM{platform.sm}: {_leaves(unrunnable)} can't be served ({next(iter(unrunnable.values()))})",
+                found=f"SM{platform.sm}, which can't serve {_by_reason(unrunnable)}",
                 remedy=f"Convert the source again with --engine {platform.release.name} --sm {platform.sm}.",
             ),
         )
@@ -275,27 +275,26 @@ def size_warnings(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
         return ()
     model, layers = model_of_plan(plan, checkpoint.model), {module.name: module.layer for module in plan.modules}
     sites = list(model.sites(model.place(layers)))
-    wrong: dict[int, dict[str, str]] = {}
+    wrong: dict[tuple[str, ...], dict[int, str]] = {}
     for size in _COMMON_SIZES:
         parallel = Parallel(tensor=size)
-        if not is_uneven(model, parallel):
-            wrong[size] = misread_biases(model, parallel) | unheld_modules(sites, layers.get, parallel)
-    wrong = {size: unheld for size, unheld in wrong.items() if unheld}
-    if not wrong:
-        return ()
-    sizes = ", ".join(map(str, wrong))
-    summary = _summary(next(iter(wrong.values())))
-    return (f"at tensor-parallel size {sizes}, an engine would misread the directory: {summary}; convert with --tp",)
+        unheld = misread_biases(model, parallel) | unheld_modules(sites, layers.get, parallel)
+        if unheld and not is_uneven(model, parallel):
+            wrong.setdefault(tuple(unheld), {})[size] = _by_reason(unheld)
+    # Reasons have numbers that differ by size: those of the first size of the same modules stand for all.
+    return tuple(
+        f"at tensor-parallel size {', '.join(map(str, reasons))}, an engine would misread the directory, as it cuts "
+        f"modules apart: {next(iter(reasons.values()))}; convert with --tp"
+        for reasons in wrong.values()
+    )
 
 
-def _summary(unheld: dict[str, str]) -> str:
-    """Return the modules that would be misread, by the last parts of their names, and the first reason."""
-    return f"{_leaves(unheld)} would be cut apart ({next(iter(unheld.values()))})"
-
-
-def _leaves(modules: Iterable[str]) -> str:
-    """Return the last parts of the names of modules, each once."""
-    return format_names(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+def _by_reason(modules: Mapping[str, str]) -> str:
+    """Return the last parts of the names of modules, each once for a reason, and the reasons behind them."""
+    leaves: dict[str, dict[str, None]] = {}
+    for module, reason in modules.items():
+        leaves.setdefault(reason, {})[module.rpartition(".")[2]] = None
+    return "; ".join(f"{format_names(names)} ({reason})" for reason, names in leaves.items())
 
 
 def _label(parallel: Parallel) -> str:
