@@ -14,6 +14,7 @@ from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.sizes import require_sizes
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.verify.sizes import verify_with_sizes
+from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,3 +156,24 @@ def test_plain_weights_must_be_divisible(tmp_path: Path, tensor: int, good: bool
     convert_checkpoint(source, tmp_path / "out", to="dense")
 
     assert verify_with_sizes(source, tmp_path / "out", Parallel(tensor=tensor)).good is good
+
+
+@pytest.mark.parametrize("source", ["int4-g128", "dense"])
+def test_a_checkpoint_is_no_conversion(tmp_path: Path, source: str) -> None:
+    """Neither of itself nor of another one: one error says so, and none about each module."""
+    write_checkpoint(tmp_path / "in", config=BLOCKS, scheme=source)
+    write_checkpoint(tmp_path / "other", config=BLOCKS, scheme="int4-g128")
+
+    with pytest.raises(UsageError, match="a compressed-tensors checkpoint, which was not converted"):
+        verify_checkpoint(tmp_path / "in", tmp_path / "other")
+
+
+def test_sizes_of_an_engine_directory_need_its_source(tmp_path: Path) -> None:
+    config = tiny_config(dtype="float16", hidden=128, intermediate=128)
+    write_checkpoint(tmp_path / "in", config=config, scheme="int4-g64")
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", to="engine")
+
+    with pytest.raises(UsageError, match=r"an engine-build checkpoint alone.*verify DIR"):
+        verify_with_sizes(tmp_path / "out", None, Parallel(tensor=1))
+
+    assert verify_with_sizes(tmp_path / "in", tmp_path / "out", Parallel(tensor=1)).good

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["ComparedModule", "DirectoryComparison", "compare_directories"]
 
 _MODES = "hf_quant_config.json"
+_VERIFY = "`verify DIR OUT` compares every kind of converted directory with its source."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +135,11 @@ def compare_directories(
     first, second = Path(first), Path(second)
     for directory, name in ((first, "the first directory"), (second, "the second directory")):
         if is_engine_directory(directory):
-            raise UsageError(_refused(directory, f"a checkpoint as {name}", "an engine-build checkpoint"))
+            expected = f"a checkpoint, or what was converted for the PyTorch backend, as {name}"
+            raise UsageError(_refused(directory, expected, "an engine-build checkpoint", _VERIFY))
     if (first / _MODES).is_file():
-        raise UsageError(_refused(first, "a checkpoint as the first directory", f"{_MODES}: a converted directory"))
+        expected, remedy = "a checkpoint as the first directory", f"Name the checkpoint first. {_VERIFY}"
+        raise UsageError(_refused(first, expected, f"{_MODES}: a converted directory", remedy))
     faults = FaultCollector()
     with _opened(first, second, faults) as sides:
         pairs = list(sides.pairs()) if values else []
@@ -152,8 +155,7 @@ def compare_directories(
     )
 
 
-def _refused(directory: Path, expected: str, found: str) -> Fault:
-    remedy = "Name the checkpoint first; `verify DIR OUT` compares every kind of converted directory with its source."
+def _refused(directory: Path, expected: str, found: str, remedy: str) -> Fault:
     return Fault(where=str(directory), expected=expected, found=found, remedy=remedy)
 
 

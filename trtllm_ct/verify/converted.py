@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_ct.base.cores import available_cores
-from trtllm_ct.base.errors import ConfigError, UsageError
+from trtllm_ct.base.errors import ConfigError, Fault, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.checkpoint.catalog import Catalog
+from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.json_file import read_json_object
+from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.engine.calibration import NOT_CALIBRATED, Calibration
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
@@ -83,13 +85,14 @@ def compare_converted(
 
     Tensors that differ, are missing or have no source are added to `faults`; `progress` is that of `checks_of`. Memory:
     a few chunks of 512 KiB for each core, and the headers of both directories. Raises `CheckpointError` when a
-    directory can't be read.
+    directory can't be read, and `UsageError` for one that is no conversion.
     """
     catalog = Catalog.from_directory(converted)
     quant_config = QuantConfig()
     if (converted / "hf_quant_config.json").is_file():
         quant_config = read_quant_config(converted / "hf_quant_config.json", catalog)
     converted_config = read_json_object(converted / "config.json") if (converted / "config.json").is_file() else {}
+    _refuse_checkpoint(converted, converted_config)
     with TensorFiles(checkpoint.catalog) as source_files, TensorFiles(catalog) as files:
         source = source_modules(checkpoint, source_files, keeps_names=has_native_names(catalog.tensors))
         match = DirectoryMatch(
@@ -108,6 +111,23 @@ def compare_converted(
         check_files(catalog, faults)
         match.report_surplus(converted)
     return checks
+
+
+def _refuse_checkpoint(converted: Path, config: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a compressed-tensors checkpoint, as its config.json says, in place of a conversion."""
+    try:
+        method = FormatDetector().detect_config(config).method
+    except ConfigError:  # `check_statements` says what is wrong with it
+        return
+    if method == COMPRESSED_TENSORS:
+        raise UsageError(
+            Fault(
+                where=str(converted),
+                expected="a directory that `convert` wrote",
+                found="a compressed-tensors checkpoint, which was not converted",
+                remedy="Name the converted directory second, or compare two checkpoints with `compare`.",
+            )
+        )
 
 
 def source_modules(checkpoint: Checkpoint, files: TensorFiles, *, keeps_names: bool = False) -> Modules:

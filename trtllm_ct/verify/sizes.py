@@ -73,6 +73,13 @@ def verify_with_sizes(
 
 def _no_sizes(directory: Path) -> Fault:
     """Return the fault of sizes or GPUs that were given for a directory that was not converted for them."""
+    if is_engine_directory(directory):
+        return Fault(
+            where=str(directory),
+            expected="the source of an engine-build checkpoint before it, as its codes show their modes only beside it",
+            found="an engine-build checkpoint alone",
+            remedy=f"Name the source too: verify DIR {directory}.",
+        )
     return Fault(
         where=str(directory),
         expected="a directory that was converted for TensorRT-LLM, as sizes and GPUs are those of its modes",
