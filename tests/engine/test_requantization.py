@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from trtllm_ct.base.errors import UsageError
 from trtllm_ct.engine.calibration import Calibration
 from trtllm_ct.engine.holdings import activations_of
 from trtllm_ct.engine.linear_mode import Activations
@@ -120,3 +121,18 @@ def test_forms_that_read_static_scales_are_those_whose_inputs_are_so(name: str) 
     assert static == (form.input_divisor is not None) == Requantize(experts=form).reads_calibration
     assert ("calibration" in form.price) == static
     assert ("keep their codes" in form.price) == form.keeps_codes
+
+
+def test_words_about_one_kind_beat_those_about_all() -> None:
+    for words in ("all=nvfp4,experts=fp8-block", "experts=fp8-block,all=nvfp4"):
+        asked = Requantize.parse(words)
+
+        assert (asked.experts, asked.linears) == (FORMS["fp8-block"], FORMS["nvfp4"])
+
+
+@pytest.mark.parametrize("words", [["experts=fp8-block", "experts=mxfp4"], "all=nvfp4,all=mxfp4"])
+def test_two_forms_for_one_kind_are_refused(words: list[str] | str) -> None:
+    with pytest.raises(UsageError, match="one form for "):
+        Requantize.parse(words)
+
+    assert Requantize.parse(["all=nvfp4", "all=nvfp4"]).experts is FORMS["nvfp4"]

@@ -11,7 +11,7 @@ from builders import tiny_config, write_checkpoint
 from trtllm_ct.engine.calibration import Calibration
 from trtllm_ct.engine.parallel import Parallel
 from trtllm_ct.engine.requantization import FORMS, Requantize
-from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.pipeline.open import open_checkpoint, plan_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,3 +93,30 @@ def test_codes_in_groups_of_128_can_stay_where_the_kernel_of_experts_is_exact(tm
         before = checkpoint.plan(sm=sm)
         assert made.delivered_bytes - before.delivered_bytes == choice.coded_bytes - choice.dense_bytes
     assert sum(module.keeps_codes for module in made.modules) == (24 if sm == 90 else 0)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words", "said"),
+    [
+        ("int4-g128", "linears=nvfp4", ["linears=nvfp4 changes nothing: no linears would be dequantized"]),
+        ("int4-g32", "experts=nvfp4", ["experts=nvfp4 changes nothing: no experts would be dequantized"]),
+        ("int4-g32", "all=nvfp4", []),
+        ("int4-g32", "linears=fp8-block,experts=mxfp4", ["experts=mxfp4 changes nothing: no experts would"]),
+        ("dense", "all=nvfp4", ["all=nvfp4 changes nothing: no experts or linears would be dequantized"]),
+    ],
+)
+def test_a_form_that_no_module_gets_is_said(tmp_path: Path, scheme: str, words: str, said: list[str]) -> None:
+    source = write_checkpoint(tmp_path, config=tiny_config(hidden=256, intermediate=256), scheme=scheme).directory
+
+    plan = plan_checkpoint(source, engine="stock-1.3", sm=100, requantize=words)
+
+    found = [text for text in plan.warnings if "changes nothing" in text]
+    assert len(found) == len(said)
+    assert all(text.startswith(f"--requantize {start}") for text, start in zip(found, said, strict=True))
+
+
+def test_the_reason_is_said_where_no_kernel_holds_the_form(mixture: Built) -> None:
+    plan = plan_checkpoint(mixture.directory, engine="stock-1.0", sm=90, requantize="experts=nvfp4")
+
+    [text] = [text for text in plan.warnings if "changes nothing" in text]
+    assert "not requantized to nvfp4: " in text

@@ -13,6 +13,7 @@ from trtllm_ct.cli.doctor import diagnose
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.convert.sizes import require_sizes
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.requantization import Requantize
 from trtllm_ct.verify.sizes import verify_with_sizes
 from trtllm_ct.verify.verify import verify_checkpoint
 
@@ -177,3 +178,8 @@ def test_sizes_of_an_engine_directory_need_its_source(tmp_path: Path) -> None:
         verify_with_sizes(tmp_path / "out", None, Parallel(tensor=1))
 
     assert verify_with_sizes(tmp_path / "in", tmp_path / "out", Parallel(tensor=1)).good
+
+
+def test_what_was_requantized_is_said_of_a_converted_directory(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="the checkpoint alone"):
+        verify_checkpoint(pair[0], requantize=Requantize.parse("all=nvfp4"))

@@ -182,16 +182,13 @@ class Requantize:
         for text in (part.strip() for word in words for part in word.split(",")):
             what, _, name = text.partition("=")
             if what not in {"experts", "linears", "all"} or name not in FORMS:
-                raise UsageError(
-                    Fault(
-                        where="--requantize",
-                        expected=f"experts=FORM, linears=FORM or all=FORM, where FORM is {' or '.join(FORMS)}",
-                        found=repr(text),
-                        remedy="Name one of these, such as --requantize experts=fp8-block.",
-                    )
-                )
-            forms |= dict.fromkeys(("experts", "linears") if what == "all" else (what,), FORMS[name])
-        return cls(experts=forms.get("experts"), linears=forms.get("linears"))
+                expected = f"experts=FORM, linears=FORM or all=FORM, where FORM is {' or '.join(FORMS)}"
+                raise UsageError(_unasked(expected, repr(text), "Name one of these, such as experts=fp8-block."))
+            if forms.setdefault(what, FORMS[name]) is not FORMS[name]:
+                found = f"{what}={forms[what].name} and {text}"
+                raise UsageError(_unasked(f"one form for {what}", found, "Ask for one of them."))
+        both = forms.get("all")
+        return cls(experts=forms.get("experts", both), linears=forms.get("linears", both))
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Requantize:
@@ -217,6 +214,11 @@ class Requantize:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form: the words, and the calibration if there is one."""
         return self.words | ({"calibration": fields_form(self.calibration)} if self.calibration.scales else {})
+
+
+def _unasked(expected: str, found: str, remedy: str) -> Fault:
+    """Return the fault of words that ask for nothing, or for two things."""
+    return Fault(where="--requantize", expected=expected, found=found, remedy=remedy)
 
 
 NOT_REQUANTIZED = Requantize()

@@ -41,7 +41,7 @@ from trtllm_ct.plan.probe import NO_PROBE, Probe
 from trtllm_ct.plan.producers import header_warnings
 from trtllm_ct.plan.ranks.cuts import refuse_uneven, with_slices
 from trtllm_ct.plan.ranks.rank_bytes import bytes_of_rank_files, largest_rank_bytes
-from trtllm_ct.plan.requantize import refuse_requantization, requantized
+from trtllm_ct.plan.requantize import refuse_requantization, requantized, unused_requests
 from trtllm_ct.plan.requantize_choices import choices
 from trtllm_ct.plan.row_order import QueryKeyRows
 from trtllm_ct.plan.served_gpus import no_gpu_problems, served_gpus, sms_of_modes
@@ -348,6 +348,7 @@ class _Planner:
             *(fusion_warnings(modules, self.model) if self.target.capabilities.release is not None else ()),
             *bias_warnings(modules, platform),
             *requantization_warnings(modules, platform),
+            *unused_requests(modules, self.options.requantize),
         )
 
     def _unquantized(self, modules: Iterable[ModulePlan]) -> tuple[str, ...]:

@@ -16,15 +16,16 @@ from trtllm_ct.engine.requantization import NOT_REQUANTIZED
 from trtllm_ct.plan.assign import Assignment, assign_modes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from trtllm_ct.engine.holdings import Weight
     from trtllm_ct.engine.requantization import Form, Requantize
     from trtllm_ct.engine.target import Target
     from trtllm_ct.plan.assign import Candidate
     from trtllm_ct.plan.models.sites import Site
+    from trtllm_ct.plan.plan import ModulePlan
 
-__all__ = ["refuse_requantization", "requantized"]
+__all__ = ["refuse_requantization", "requantized", "unused_requests"]
 
 
 def refuse_requantization(asked: Requantize, target: Target) -> None:
@@ -64,6 +65,21 @@ def requantized(
             known[key] = _combined(assignments[name], new, candidates[name], asked, target)
         result[name] = known[key]
     return result
+
+
+def unused_requests(modules: Iterable[ModulePlan], asked: Requantize) -> Iterator[str]:
+    """Yield a warning for each form that was asked for and that no module got, with the reason."""
+    forms: dict[str, list[str]] = {}
+    for what, form in (("experts", asked.experts), ("linears", asked.linears)):
+        if form is not None:
+            forms.setdefault(form.name, []).append(what)
+    dequantized = [module for module in modules if module.dequantized or module.form is not None] if forms else []
+    for name, kinds in forms.items():
+        meant = [module for module in dequantized if ("experts" if module.experts else "linears") in kinds]
+        if not any(module.form is not None for module in meant):
+            option = "all" if len(kinds) > 1 else kinds[0]
+            reason = meant[0].reason if meant else f"no {' or '.join(kinds)} would be dequantized"
+            yield f"--requantize {option}={name} changes nothing: {reason}"
 
 
 def _candidates(

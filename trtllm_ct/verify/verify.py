@@ -13,7 +13,7 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import Fault, FaultCollector, UnreadClassError, VerificationError
+from trtllm_ct.base.errors import Fault, FaultCollector, UnreadClassError, UsageError, VerificationError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED
@@ -136,6 +136,15 @@ def verify_checkpoint(
     from trtllm_ct.verify.converted import compare_converted, refuse_other_requantization
     from trtllm_ct.verify.engine_match import compare_engine_directory
 
+    if requantize is not None and converted is None:
+        raise UsageError(
+            Fault(
+                where="--requantize",
+                expected="a converted directory, OUT, of which it says what was requantized",
+                found="the checkpoint alone",
+                remedy="Name OUT too, or leave --requantize out.",
+            )
+        )
     checkpoint = open_checkpoint(directory)
     # Keep only the shapes from the probe, and whether a tied head equals the embeddings, which the probe compared
     # byte by byte. The plan then still reads zero points and group indices that the probe found to have no effect, so
