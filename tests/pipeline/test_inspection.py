@@ -7,8 +7,9 @@ import pytest
 from builders import SCHEMES, rewrite, rewrite_config, tiny_config, write_checkpoint
 from fused_experts import fuse_experts
 
-from trtllm_ct.base.errors import DetectionError, UsageError
+from trtllm_ct.base.errors import CatalogError, DetectionError, UsageError
 from trtllm_ct.checkpoint.reader import TensorReader
+from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.pipeline.open import plan_checkpoint
 
@@ -230,3 +231,21 @@ def test_the_document_has_the_same_keys_with_and_without_problems(tmp_path: Path
     assert document["kv_cache"] == (None if broken else "FP8")
     assert (document["modules"] is None) is broken
     assert len(document["problems"]) == broken
+
+
+def test_side_files_that_convert_refuses_are_named(tmp_path: Path) -> None:
+    """A folder of links is a common way to name a checkpoint; weights may lie elsewhere, side files must not."""
+    source = write_checkpoint(tmp_path / "in", tokenizer=True).directory
+    links = tmp_path / "links"
+    links.mkdir()
+    for file in source.iterdir():
+        (links / file.name).symlink_to(file)
+
+    [text] = [text for text in inspect_checkpoint(links).warnings if "side files" in text]
+
+    with pytest.raises(CatalogError) as caught:
+        convert_checkpoint(links, tmp_path / "out")
+    for fault in caught.value.faults:
+        assert fault.where.rpartition("/")[2] in text
+    assert "leads out of the checkpoint" in text
+    assert not any("side files" in text for text in inspect_checkpoint(source).warnings)

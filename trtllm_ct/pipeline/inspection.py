@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import CheckpointError, Fault, UnreadClassError
+from trtllm_ct.base.errors import CatalogError, CheckpointError, Fault, UnreadClassError
 from trtllm_ct.base.json_form import json_object
+from trtllm_ct.base.source_errors import source_errors
+from trtllm_ct.checkpoint.header import format_names
 from trtllm_ct.checkpoint.opening import open_source
+from trtllm_ct.checkpoint.side_files import side_files
 from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.engine.target import DENSE, MODELOPT
 from trtllm_ct.pipeline.alternatives import ServedOn, alternative, elsewhere
@@ -215,10 +219,24 @@ def _planned(
         inspection,
         plan=plan,
         problems=plan.problems,
-        noted=plan.warnings,
+        noted=(*plan.warnings, *_refused_side_files(checkpoint)),
         alternative=alternative(checkpoint, plan, options),
         elsewhere=elsewhere(checkpoint, plan, options) if compare_places else None,
     )
+
+
+def _refused_side_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return a warning that names the files beside the weights that `convert` would refuse to copy."""
+    folder = checkpoint.source.folder
+    if folder is None:
+        return ()
+    try:
+        with source_errors(folder):
+            side_files(folder)
+    except CatalogError as error:
+        names = format_names(fault.where.removeprefix(f"{folder}{os.sep}") for fault in error.faults)
+        return (f"`convert` refuses side files: {names} ({error.faults[0].found})",)
+    return ()
 
 
 def _row_key(module: ModulePlan) -> _RowKey:
