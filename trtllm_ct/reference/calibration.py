@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from trtllm_ct.engine.calibration import LARGEST_E4M3
 from trtllm_ct.reference.architecture import require_transformers
 from trtllm_ct.reference.directory import read_directory
 from trtllm_ct.reference.engine import build_model
-from trtllm_ct.reference.generate import useful_threads
+from trtllm_ct.reference.generate import require_known_tokens, useful_threads
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.names import NameMap
 from trtllm_ct.reference.perplexity import text_windows
@@ -93,6 +94,7 @@ def measure_scales(
         quantize_activations=False,
         name=str(directory),
     )
+    require_known_tokens(model, chain.from_iterable(windows))
     # Releases of transformers have other names for the same parts, so the model says which it has.
     paths = [path for path, _ in model.named_modules()]
     names = NameMap.of_checkpoint(source.config, model_type=model.config.model_type, model=paths)
