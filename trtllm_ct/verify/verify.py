@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod, sqrt
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +75,10 @@ class VerificationReport:
     @property
     def relative_error(self) -> float:
         """The relative error of all requantized weights together; 0 if there are none."""
+        from trtllm_ct.verify.requantized import relative_error
+
         pairs = [(comparison.squared_error, comparison.squares) for _, comparison in self._rounded()]
-        squares = sum(squares for _, squares in pairs)
-        return sqrt(sum(error for error, _ in pairs) / squares) if squares else 0.0
+        return relative_error(sum(error for error, _ in pairs), sum(squares for _, squares in pairs))
 
     def _rounded(self) -> Iterator[tuple[TensorCheck, RoundedComparison]]:
         from trtllm_ct.verify.requantized import RoundedComparison
