@@ -101,3 +101,11 @@ def test_a_pipe_is_refused_with_the_way_that_reads_it(tmp_path: Path) -> None:
     assert done.code == 2
     assert "a named pipe" in done.err_words
     assert "send the text to stdin: --text -" in done.err_words
+
+
+def test_a_place_without_a_model_is_refused_as_by_other_commands(tmp_path: Path, text: Path) -> None:
+    (tmp_path / "empty").mkdir()
+
+    done = run_cli("perplexity", model(tmp_path / "in"), tmp_path / "empty", "--text", text)
+
+    assert (done.code, done.err) == (1, run_cli("generate", tmp_path / "empty", "--prompt", "the").err)

@@ -15,8 +15,8 @@ from torch import nn
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
-from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.reference.architecture import require_transformers
+from trtllm_ct.reference.directory import detect_model
 from trtllm_ct.reference.engine import load_model
 from trtllm_ct.reference.generate import load_tokenizer, require_known_tokens, useful_threads
 
@@ -141,7 +141,7 @@ def text_perplexities(
     require_transformers()
     read = []
     for directory in directories:
-        FormatDetector().detect(Path(directory))  # Says what is wrong with a directory without a model.
+        detect_model(Path(directory))  # what is no model has no tokenizer either
         read.append(text_windows(str(directory), text, window=window, max_tokens=max_tokens))
         _require_same_tokens(str(directories[0]), read[0], str(directory), read[-1])
     return tuple(
