@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from trtllm_ct.base.errors import UsageError
 from trtllm_ct.engine.calibration import Calibration
 from trtllm_ct.engine.holdings import activations_of
 from trtllm_ct.engine.linear_mode import Activations
@@ -102,6 +103,12 @@ def test_words_name_forms(words: object, experts: str | None, linears: str | Non
 
     assert (asked.form(expert=True), asked.form(expert=False)) == (FORMS.get(experts or ""), FORMS.get(linears or ""))
     assert Requantize.parse(asked.words) == Requantize.from_dict(asked.to_dict()) == asked
+
+
+@pytest.mark.parametrize("words", ["bogus", "", 5, True, 0, [5], ["experts=fp8", None], {"experts": 5}, {5: "fp8"}])
+def test_what_are_no_such_words_is_a_usage_error(words: object) -> None:
+    with pytest.raises(UsageError, match="experts=FORM"):
+        Requantize.parse(words)
 
 
 def test_the_json_form_has_the_calibration() -> None:

@@ -79,12 +79,14 @@ def read_calibration(path: str | Path) -> Calibration:
     of its scales: another dtype, several elements, numbers that are not positive or beyond all that inputs have, and
     those of an export in NVFP4, which are the largest magnitude over 6 x 448.
     """
+    expected = "a safetensors file with the scales of inputs"
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(Fault(where="--calibration", expected=expected, found=repr(path), remedy=_REMEDY))
     path = Path(path)
     try:
         tensors = read_header(path, path.name).tensors
     except OSError as error:
         found = f"{error.strerror or error}".lower()
-        expected = "a safetensors file with the scales of inputs"
         raise UsageError(Fault(where=str(path), expected=expected, found=found, remedy=_REMEDY)) from None
     if not any(name.endswith(_SUFFIX) for name in tensors):
         expected = f"tensors called MODULE.{INPUT_SCALE}"
