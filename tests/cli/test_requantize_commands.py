@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from builders import tiny_config, write_checkpoint
+import torch
+from builders import rewrite, tiny_config, write_checkpoint
 from command_line import run_cli
 
 if TYPE_CHECKING:
@@ -40,6 +41,22 @@ def test_a_conversion_is_verified_by_what_was_asked_for(mixture: Path, tmp_path:
     other = run_cli("verify", mixture, tmp_path / "out", "--requantize", "experts=nvfp4")
     assert other.code == 1
     assert "--requantize experts=fp8-block" in other.out
+
+
+def test_a_code_that_is_nan_makes_the_error_infinite_in_every_report(mixture: Path, tmp_path: Path) -> None:
+    run_cli("convert", mixture, tmp_path / "out", *FP8)
+    name = "model.layers.0.mlp.experts.0.up_proj"
+    rewrite(tmp_path / "out", lambda stored: stored[f"{name}.weight"].view(torch.uint8)[0, 0].fill_(0x7F))
+
+    shown = run_cli("verify", mixture, tmp_path / "out")
+    document = run_cli("verify", mixture, tmp_path / "out", "--json", "--html", tmp_path / "page.html").document
+
+    assert shown.code == 1
+    assert f"relative error infinite together, at most infinite in {name}" in " ".join(shown.out.split())
+    errors = {check["name"]: check["relative_error"] for check in document["checks"] if check["kind"] == "requantized"}
+    assert [check for check, error in errors.items() if error == "inf"] == [f"{name}.weight"]
+    assert document["relative_error"] == "inf"
+    assert "NaN" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "convert", "verify"])

@@ -105,6 +105,12 @@ def test_words_name_forms(words: object, experts: str | None, linears: str | Non
     assert Requantize.parse(asked.words) == Requantize.from_dict(asked.to_dict()) == asked
 
 
+@pytest.mark.parametrize("words", ["bogus", "", 5, True, 0, [5], ["experts=fp8", None], {"experts": 5}, {5: "fp8"}])
+def test_what_are_no_such_words_is_a_usage_error(words: object) -> None:
+    with pytest.raises(UsageError, match="experts=FORM"):
+        Requantize.parse(words)
+
+
 def test_the_json_form_has_the_calibration() -> None:
     calibration = Calibration(scales={"model.layers.0.mlp.experts.0.up_proj": 0.25}, place="scales.safetensors")
     asked = replace(Requantize.parse("experts=w4a8-awq"), calibration=calibration)

@@ -107,7 +107,16 @@ def test_a_text_without_tokens_is_a_usage_error(tmp_path: Path) -> None:
         measure_scales(mixture(tmp_path).directory, "")
 
 
-@pytest.mark.parametrize(("value", "error"), [(torch.nan, PayloadError), (torch.inf, PayloadError), (0.0, UsageError)])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (torch.nan, PayloadError),
+        (torch.inf, PayloadError),
+        (1e34, PayloadError),
+        (1e-34, PayloadError),
+        (0.0, UsageError),
+    ],
+)
 def test_inputs_that_have_no_scale_are_refused_with_the_names_of_their_modules(
     tmp_path: Path, value: float, error: type[Exception]
 ) -> None:

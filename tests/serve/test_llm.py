@@ -14,6 +14,7 @@ import trtllm_ct
 from trtllm_ct import LLM, SamplingParams
 from trtllm_ct.base.errors import DetectionError, MissingDependencyError, UsageError
 from trtllm_ct.convert.convert import convert_checkpoint
+from trtllm_ct.pipeline.calibration import write_calibration
 
 if TYPE_CHECKING:
     from trtllm_ct.reference.requests import RequestOutput
@@ -49,6 +50,62 @@ def test_the_log_says_which_engine_runs_and_why(caplog: pytest.LogCaptureFixture
     why = "TensorRT-LLM is not installed here" if engine == "auto" else "engine='reference'"
     line = f"The CPU reference engine runs {DEMO}: {why}; it ignores tensor_parallel_size, kv_cache_config"
     assert (line, level) in [(record.getMessage(), record.levelno) for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"requantize": "experts=fp8-block"}, "requantize"),
+        ({"strict": True, "dense_o_proj": True}, "dense_o_proj, strict"),
+        ({"requantize": {"linears": "fp8"}, "strict": False}, "requantize"),
+        ({"requantize": "experts=w4a8-awq", "calibration": "scales"}, "requantize, calibration"),
+    ],
+)
+def test_the_log_says_that_stored_weights_are_computed_whatever_a_conversion_would_do(
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_calibration("scales", {"model.layers.0.self_attn.q_proj": 0.5})
+
+    llm = LLM(DEMO, tensor_parallel_size=2, **options)
+
+    why = f"it ignores tensor_parallel_size; it computes the stored weights, so it ignores {named}"
+    assert caplog.messages == [f"The CPU reference engine runs {DEMO}: TensorRT-LLM is not installed here; {why}"]
+    assert text_of(llm) == text_of(LLM(DEMO))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"requantize": "bogus"}, "experts=FORM"),
+        ({"requantize": 5}, "experts=FORM"),
+        ({"calibration": "/none"}, "a form that reads scales of inputs"),
+        ({"requantize": "experts=fp8", "calibration": "/none"}, "a form that reads scales of inputs"),
+        ({"requantize": "experts=w4a8-awq", "calibration": "/none"}, "a safetensors file"),
+        ({"requantize": "experts=w4a8-awq", "calibration": 5}, "a safetensors file"),
+    ],
+)
+def test_options_of_a_conversion_are_checked_although_they_are_ignored(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        LLM(DEMO, engine="reference", **options)
+
+
+def test_the_log_says_that_a_sidecar_stands_for_the_stored_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRTLLM_CT_CACHE", str(tmp_path / "cache"))
+    prepared = trtllm_ct.prepare(DEMO, requantize="linears=fp8", dense_o_proj=True)
+
+    LLM(prepared)
+
+    assert caplog.messages[-1] == (
+        f"{prepared} was prepared from {DEMO}; it computes the stored weights, so it ignores dense_o_proj, requantize "
+        "of the preparation"
+    )
 
 
 def test_sampling_params_are_those_of_the_engine_that_runs() -> None:

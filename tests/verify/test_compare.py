@@ -170,6 +170,18 @@ def test_a_number_that_is_not_finite_is_infinitely_far(tmp_path: Path, value: fl
     assert set(found.values()) == {0.0, float("inf")}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_checkpoint_equals_itself_whatever_it_holds(tmp_path: Path, name: str, value: float) -> None:
+    built = write_checkpoint(tmp_path / "a", config=tiny_config(**WIDE), scheme="dense")
+    rewrite(built.directory, lambda tensors: tensors[name].view(-1)[3].fill_(value))
+
+    found = compare_directories(built.directory, built.directory)
+
+    assert {(module.error, module.differing) for module in found.modules} == {(0.0, 0)}
+    assert "differ" not in found.verdict
+
+
 def test_a_weight_that_can_not_be_decoded_is_a_fault(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "in", config=tiny_config(**WIDE), scheme="fp8-channel-token")
     convert_checkpoint(tmp_path / "in", tmp_path / "out")

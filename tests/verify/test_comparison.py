@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.layouts import rounding as rounding_layout
-from trtllm_ct.verify.comparison import Comparison, compare_native, compare_rounded, equal_bits
+from trtllm_ct.verify.comparison import Comparison, compare_native, compare_numbers, compare_rounded, equal_bits
 
 round_once = on_tensors(rounding_layout.round_once)
 
@@ -95,6 +95,39 @@ class TestNative:
         got[1, :5] += 1e-9
 
         assert native(got, want).differing == 5
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("value", [nan, inf, -inf, 0.0])
+    def test_the_same_value_at_the_same_place_is_equal(self, value: float):
+        odd = changed(random(2, 8), (1, 1), value)
+
+        found = compare_numbers(odd.numpy(), odd.clone().numpy())
+
+        assert (found.good, found.error, found.differing) == (True, 0.0, 0)
+
+    @pytest.mark.parametrize(("got", "want"), [(nan, 1.0), (1.0, nan), (inf, -inf), (nan, inf), (inf, 1.0), (1.0, inf)])
+    def test_other_values_are_infinitely_far(self, got: float, want: float):
+        values = random(2, 8)
+
+        found = compare_numbers(changed(values, (1, 1), got).numpy(), changed(values, (1, 1), want).numpy())
+
+        assert (found.good, found.error, found.differing, found.position) == (False, inf, 1, (1, 1))
+
+    @pytest.mark.parametrize("value", [nan, inf])
+    def test_they_hide_no_difference_in_their_row(self, value: float):
+        want = changed(torch.ones(2, 8, dtype=torch.float64), (1, 1), value)
+
+        found = compare_numbers(changed(want, (1, 4), 1.5).numpy(), want.numpy())
+
+        assert (found.good, found.error, found.differing, found.position) == (False, 0.5, 1, (1, 4))
+
+    @pytest.mark.parametrize("value", [nan, inf])
+    def test_a_scalar_has_no_row(self, value: float):
+        scalar = torch.tensor(value, dtype=torch.float64)
+
+        assert compare_numbers(scalar.numpy(), scalar.numpy()).error == 0
+        assert compare_numbers(torch.tensor(1.0).double().numpy(), scalar.numpy()).error == inf
 
 
 class TestRounded:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -26,7 +28,7 @@ from trtllm_ct.engine.requantization import FORMS
 from trtllm_ct.engine.target import DIRECTORY_TARGETS, ENGINES, MODELOPT, TARGETS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from trtllm_ct.engine.parallel import Parallel
     from trtllm_ct.plan.options import PlanArguments
@@ -68,6 +70,7 @@ __all__ = [
     "Workers",
     "asked_parallel",
     "name_filter",
+    "naming_text",
     "parallel_of",
     "parse_size",
     "prompt_text",
@@ -229,7 +232,9 @@ TextFile = Annotated[
 TextTokens = Annotated[
     int | None, typer.Option("--max-tokens", min=2, help="Read only so many tokens of the text.", show_default=False)
 ]
-TextWindow = Annotated[int, typer.Option("--window", min=2, help="Tokens that are read together.")]
+TextWindow = Annotated[
+    int, typer.Option("--window", min=2, help="Tokens that are read together; at the end they may be fewer.")
+]
 Chat = Annotated[
     bool, typer.Option("--chat/--no-chat", help="Put the prompt into the chat template of the tokenizer, if any.")
 ]
@@ -349,16 +354,29 @@ def prompt_text(prompt: str) -> str:
 
     Raises `UsageError` if stdin is closed or no text in UTF-8.
     """
-    if prompt != _STDIN:
-        return prompt
+    return prompt if prompt != _STDIN else _text_of_stdin("Send the prompt to stdin, or name it.")
+
+
+def _text_of_stdin(remedy: str) -> str:
+    """Return what is sent to stdin, without the line break at its end; see `prompt_text`."""
     found = "it closed"
     try:
         if sys.stdin is not None:
             return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         found = f"a byte that is none, at {error.start}"
-    fault = Fault(where="stdin", expected="text in UTF-8", found=found, remedy="Send the prompt to stdin, or name it.")
-    raise UsageError(fault)
+    raise UsageError(Fault(where="stdin", expected="text in UTF-8", found=found, remedy=remedy))
+
+
+@contextmanager
+def naming_text(path: Path) -> Iterator[None]:
+    """Let the faults of a text name the file that it was read from, instead of the argument of a function."""
+    try:
+        yield
+    except UsageError as error:
+        name = "stdin" if str(path) == _STDIN else str(path)
+        faults = (replace(fault, where=name) if fault.where == "text" else fault for fault in error.faults)
+        raise UsageError(*faults) from error
 
 
 def text_of_file(path: Path) -> str:
@@ -367,10 +385,11 @@ def text_of_file(path: Path) -> str:
     Raises `UsageError` for a file that can't be read, or is no text in UTF-8.
     """
     if str(path) == _STDIN:
-        return prompt_text(_STDIN)
+        return _text_of_stdin("Send text to stdin, or name a file.")
     try:
         return read_bounded(path, SIDE_FILE_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         found = f"{getattr(error, 'strerror', None) or error}".lower()
-        fault = Fault(where=str(path), expected="a file with text in UTF-8", found=found, remedy="Name another file.")
+        remedy = f"Name another file, or send the text to stdin: --text {_STDIN}."
+        fault = Fault(where=str(path), expected="a file with text in UTF-8", found=found, remedy=remedy)
         raise UsageError(fault) from error

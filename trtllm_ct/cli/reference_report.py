@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import isfinite, isnan
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from trtllm_ct.cli.folding import fold_names
-from trtllm_ct.cli.lines import escape, line
+from trtllm_ct.cli.lines import escape, line, warnings
 from trtllm_ct.cli.tables import fitted_table
 
 if TYPE_CHECKING:
@@ -48,6 +49,18 @@ def perplexities(found: Sequence[Perplexity]) -> RenderableType:
     """Format the perplexities of models on one text, and how far their predictions are from those of the first."""
     table = fitted_table("model", "perplexity", "difference per token")
     for one in found:
-        difference = "" if one is found[0] else f"{one.difference(found[0]):.4f} nats"
-        table.add_row(escape(one.model), f"{one.perplexity:.4f}", difference)
-    return Group(line(f"{found[0].tokens} tokens in windows of {found[0].window}"), table)
+        difference = "" if one is found[0] else _number(one.difference(found[0]), " nats")
+        table.add_row(escape(one.model), _number(one.perplexity), difference)
+    parts: list[RenderableType] = [
+        line(f"{found[0].tokens} tokens predicted, in windows of up to {found[0].window}"),
+        table,
+    ]
+    noted = [warning for one in found for warning in one.warnings]
+    return Group(*parts, *([warnings(noted)] if noted else []))
+
+
+def _number(value: float, unit: str = "") -> str:
+    """Return a number with its unit, and one that is not finite in words."""
+    if isfinite(value):
+        return f"{value:.4f}{unit}"
+    return "not a number" if isnan(value) else "infinite"

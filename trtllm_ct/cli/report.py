@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -188,7 +189,11 @@ def _relative_errors(report: VerificationReport) -> str:
     """Return the relative error of all requantized weights together, and that of the worst of them."""
     errors = report.relative_errors
     name = max(errors, key=lambda name: errors[name])
-    return f"relative error {report.relative_error:.2%} together, at most {errors[name]:.2%} in {name}"
+    return f"relative error {_percent(report.relative_error)} together, at most {_percent(errors[name])} in {name}"
+
+
+def _percent(error: float) -> str:
+    return f"{error:.2%}" if isfinite(error) else "infinite"
 
 
 def _schemes(rows: Iterable[SchemeRow], target: str) -> Table:

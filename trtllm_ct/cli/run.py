@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import TrtllmCtError, UsageError
+from trtllm_ct.base.json_form import json_form
 from trtllm_ct.base.memory_errors import memory_errors
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
@@ -71,9 +72,12 @@ def run_app(commands: typer.Typer) -> None:
 
 
 def print_json(kind: str, document: dict[str, Any]) -> None:
-    """Print one JSON document to stdout, never wrapped or coloured; `kind` names the command that made it."""
+    """Print one JSON document to stdout, never wrapped or coloured; `kind` names the command that made it.
+
+    A number that is not finite becomes a string, wherever it is: parsers refuse a document with `NaN` in it.
+    """
     with writing():
-        print(json.dumps({"schema": SCHEMA, "kind": kind, **document}, indent=2))
+        print(json.dumps(json_form({"schema": SCHEMA, "kind": kind, **document}), indent=2))
 
 
 def show_page(path: Path, page: str) -> None:

@@ -21,6 +21,7 @@ from trtllm_ct.cli.options import (
     TextFile,
     TextTokens,
     TextWindow,
+    naming_text,
     parallel_of,
     prompt_text,
     text_of_file,
@@ -77,16 +78,17 @@ def perplexity(
 ) -> None:
     """Measure how well models predict a text, side by side.
 
-    Runs the reference engine on the CPU. Below the first model, it shows how far the others' predictions are from it.
+    Runs the reference engine on the CPU. It shows how far the predictions of the others are from those of the
+    first, so all must have one tokenizer.
     """
-    from trtllm_ct.reference import text_perplexity
+    from trtllm_ct.reference import text_perplexities
 
     content = text_of_file(text)
-    with going_on_from(nothing_written("a smaller --max-tokens takes less time")):
-        found = [text_perplexity(one, content, window=window, max_tokens=max_tokens) for one in directories]
+    with going_on_from(nothing_written("a smaller --max-tokens takes less time")), naming_text(text):
+        found = text_perplexities(directories, content, window=window, max_tokens=max_tokens)
     if as_json:
-        first = found[0]
-        print_json("perplexity", {"models": [one.to_dict() | {"difference": one.difference(first)} for one in found]})
+        noted = [warning for one in found for warning in one.warnings]
+        print_json("perplexity", {"models": [one.to_dict(found[0]) for one in found], "warnings": noted})
     else:
         stdout.print(reference_report.perplexities(found))
 
@@ -108,7 +110,7 @@ def calibrate(
 
     check_calibration_place(out)
     content = text_of_file(text)
-    with going_on_from(nothing_written("a smaller --max-tokens takes less time")):
+    with going_on_from(nothing_written("a smaller --max-tokens takes less time")), naming_text(text):
         measured = measure_scales(directory, content, window=window, max_tokens=max_tokens)
     write_calibration(out, measured.scales)
     if as_json:

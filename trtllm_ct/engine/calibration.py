@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["INPUT_SCALE", "LARGEST_E4M3", "NOT_CALIBRATED", "Calibration"]
+__all__ = ["INPUT_SCALE", "LARGEST_E4M3", "NOT_CALIBRATED", "Calibration", "is_scale"]
 
 INPUT_SCALE = "input_scale"
 """The local name of a scale in the file of a calibration, as ModelOpt and compressed-tensors call it."""
 
 LARGEST_E4M3 = 448.0
 """A scale is the largest magnitude of a module's input over this number, so that none saturates in FP8."""
+
+_LEAST, _LARGEST = 2.0**-100, 2.0**100
+"""Between them, neither a scale over the divisor of a form nor its reciprocal leaves the normal numbers of float32."""
+
+
+def is_scale(value: float) -> bool:
+    """Whether a number can be the scale of an input: it is from 2^-100 to 2^100."""
+    return _LEAST <= value <= _LARGEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

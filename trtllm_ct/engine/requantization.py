@@ -9,18 +9,15 @@ beside the checkpoint, as a `Calibration`; one of these forms keeps the codes of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.schemes import Element, NumberType, QuantArgs, QuantScheme, Strategy
 from trtllm_ct.engine.calibration import NOT_CALIBRATED, Calibration
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = ["FORMS", "NOT_REQUANTIZED", "NVFP4_GLOBAL_SCALE", "Form", "Requantize"]
 
@@ -171,22 +168,23 @@ class Requantize:
         """Return what texts such as `experts=fp8-block` ask for; a mapping of the same words is accepted too.
 
         Several may stand in one text, with commas between them. What was parsed before is returned as it is. Raises
-        `UsageError` for other words.
+        `UsageError` for other words, and for what are no words.
         """
         if texts is None or isinstance(texts, Requantize):
             return texts or NOT_REQUANTIZED
         if isinstance(texts, Mapping):
             texts = [f"{what}={form}" for what, form in texts.items()]
-        words = [texts] if isinstance(texts, str) else texts
+        words = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
         forms: dict[str, Form] = {}
+        for word in words:
+            if not isinstance(word, str):
+                raise _other_words(word)
         for text in (part.strip() for word in words for part in word.split(",")):
             what, _, name = text.partition("=")
             if what not in {"experts", "linears", "all"} or name not in FORMS:
-                expected = f"experts=FORM, linears=FORM or all=FORM, where FORM is {' or '.join(FORMS)}"
-                raise UsageError(_unasked(expected, repr(text), "Name one of these, such as experts=fp8-block."))
+                raise _other_words(text)
             if forms.setdefault(what, FORMS[name]) is not FORMS[name]:
-                found = f"{what}={forms[what].name} and {text}"
-                raise UsageError(_unasked(f"one form for {what}", found, "Ask for one of them."))
+                raise _two_forms(what, forms[what].name, name)
         both = forms.get("all")
         return cls(experts=forms.get("experts", both), linears=forms.get("linears", both))
 
@@ -216,9 +214,16 @@ class Requantize:
         return self.words | ({"calibration": fields_form(self.calibration)} if self.calibration.scales else {})
 
 
-def _unasked(expected: str, found: str, remedy: str) -> Fault:
-    """Return the fault of words that ask for nothing, or for two things."""
-    return Fault(where="--requantize", expected=expected, found=found, remedy=remedy)
+def _other_words(found: object) -> UsageError:
+    expected = f"experts=FORM, linears=FORM or all=FORM, where FORM is {' or '.join(FORMS)}"
+    remedy = "Name one of these, such as --requantize experts=fp8-block."
+    return UsageError(Fault(where="--requantize", expected=expected, found=repr(found), remedy=remedy))
+
+
+def _two_forms(what: str, first: str, second: str) -> UsageError:
+    remedy = "Ask for one of them."
+    found = f"{first} and {second}"
+    return UsageError(Fault(where="--requantize", expected=f"one form for {what}", found=found, remedy=remedy))
 
 
 NOT_REQUANTIZED = Requantize()

@@ -24,7 +24,7 @@ from trtllm_ct.checkpoint.header import read_header
 from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.checkpoint.runs import read_runs
 from trtllm_ct.checkpoint.source import Folder
-from trtllm_ct.engine.calibration import INPUT_SCALE, Calibration
+from trtllm_ct.engine.calibration import INPUT_SCALE, Calibration, is_scale
 from trtllm_ct.engine.requantization import Requantize
 from trtllm_ct.layouts.raw_bytes import read_scalar
 
@@ -40,9 +40,6 @@ __all__ = [
     "with_own_scales",
     "write_calibration",
 ]
-
-_LEAST, _LARGEST = 2.0**-100, 2.0**100
-"""Between them, neither a scale over the divisor of a form nor its reciprocal leaves the normal numbers of float32."""
 
 _DTYPES = frozenset({DType.F32, DType.F16, DType.BF16})
 _SUFFIX = f".{INPUT_SCALE}"
@@ -79,12 +76,14 @@ def read_calibration(path: str | Path) -> Calibration:
     of its scales: another dtype, several elements, numbers that are not positive or beyond all that inputs have, and
     those of an export in NVFP4, which are the largest magnitude over 6 x 448.
     """
+    expected = "a safetensors file with the scales of inputs"
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(Fault(where="--calibration", expected=expected, found=repr(path), remedy=_REMEDY))
     path = Path(path)
     try:
         tensors = read_header(path, path.name).tensors
     except OSError as error:
         found = f"{error.strerror or error}".lower()
-        expected = "a safetensors file with the scales of inputs"
         raise UsageError(Fault(where=str(path), expected=expected, found=found, remedy=_REMEDY)) from None
     if not any(name.endswith(_SUFFIX) for name in tensors):
         expected = f"tensors called MODULE.{INPUT_SCALE}"
@@ -149,7 +148,7 @@ def _read_scales(catalog: Catalog, tensors: Iterable[StoredTensor]) -> dict[str,
             _refuse(tensor.name, "one number: float32, float16 or bfloat16", str(tensor.spec), faults)
     for run, data in read_runs(catalog, runs):
         scale = read_scalar(data, catalog.tensors[run.name].spec.dtype)
-        if not _LEAST <= scale <= _LARGEST:
+        if not is_scale(scale):
             _refuse(run.name, "a positive number from 2^-100 to 2^100", f"{scale:g}", faults)
         scales[run.name.removesuffix(_SUFFIX)] = scale
     faults.raise_if_any(PayloadError)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from trtllm_ct.reference.generate import Generation, generate_text
     from trtllm_ct.reference.linear import ReferenceLinear
     from trtllm_ct.reference.llm import ReferenceLLM
-    from trtllm_ct.reference.perplexity import Perplexity, text_perplexity
+    from trtllm_ct.reference.perplexity import Perplexity, text_perplexities, text_perplexity
     from trtllm_ct.reference.requests import SamplingParams
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "generate_text",
     "load_model",
     "measure_scales",
+    "text_perplexities",
     "text_perplexity",
 ]
 
@@ -71,6 +72,7 @@ _HOMES = {
     "generate_text": "generate",
     "load_model": "engine",
     "measure_scales": "calibration",
+    "text_perplexities": "perplexity",
     "text_perplexity": "perplexity",
 }
 

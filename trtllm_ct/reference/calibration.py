@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,11 @@ from torch import nn
 from trtllm_ct.base.errors import FaultCollector, PayloadError, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
-from trtllm_ct.engine.calibration import LARGEST_E4M3
+from trtllm_ct.engine.calibration import LARGEST_E4M3, is_scale
 from trtllm_ct.reference.architecture import require_transformers
 from trtllm_ct.reference.directory import read_directory
 from trtllm_ct.reference.engine import build_model
-from trtllm_ct.reference.generate import useful_threads
+from trtllm_ct.reference.generate import require_known_tokens, useful_threads
 from trtllm_ct.reference.linear import ReferenceLinear
 from trtllm_ct.reference.names import NameMap
 from trtllm_ct.reference.perplexity import text_windows
@@ -79,7 +80,7 @@ def measure_scales(
 
     The text is read as by `text_perplexity`. Activations are not quantized meanwhile. Nothing is downloaded.
     Raises what `load_model` and `text_perplexity` raise, `UsageError` if the text reaches no expert of a layer, and
-    `PayloadError` for inputs that are not finite.
+    `PayloadError` for inputs that are not finite, or so large or small that their scale would be refused.
     """
     require_transformers()
     source = read_directory(Path(directory), dtype=dtype)
@@ -93,6 +94,7 @@ def measure_scales(
         quantize_activations=False,
         name=str(directory),
     )
+    require_known_tokens(model, chain.from_iterable(windows))
     # Releases of transformers have other names for the same parts, so the model says which it has.
     paths = [path for path, _ in model.named_modules()]
     names = NameMap.of_checkpoint(source.config, model_type=model.config.model_type, model=paths)
@@ -159,7 +161,7 @@ def _largest_inputs(model: Any, modules: Mapping[str, nn.Module], windows: Itera
 
 def _scales(largest: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:
     """Return the scale of each module, and the experts' modules that no token reached."""
-    _refuse_not_finite(largest)
+    _refuse_without_scale(largest)
     of_layer: dict[tuple[str, ...], float] = {}
     for name, peak in largest.items():
         layer = _layer(name)
@@ -184,14 +186,17 @@ def _layer(name: str) -> tuple[str, ...]:
     return (match["experts"], match["projection"]) if match and match["experts"].endswith("experts") else (name,)
 
 
-def _refuse_not_finite(largest: Mapping[str, float]) -> None:
-    """Raise `PayloadError` with each module whose input has a value that is no finite number."""
+def _refuse_without_scale(largest: Mapping[str, float]) -> None:
+    """Raise `PayloadError` with each module whose input has a value that is not finite, or beyond all scales.
+
+    A file with such a scale would be refused where it is read.
+    """
     faults = FaultCollector()
     for name, peak in largest.items():
-        if not peak < float("inf"):
+        if peak and not is_scale(peak / LARGEST_E4M3):
             faults.add(
                 where=f"input of {name}",
-                expected="finite numbers",
+                expected="finite numbers, of which the largest is from 448 x 2^-100 to 448 x 2^100",
                 found=f"{peak:g}",
                 remedy="Check the checkpoint with `trtllm-ct verify`; no scale holds such inputs.",
             )

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trtllm_ct.config.detect import Detection
     from trtllm_ct.engine.quant_config import QuantConfig
 
-__all__ = ["ModelSource", "model_dtype", "read_directory", "read_quant_config"]
+__all__ = ["ModelSource", "detect_model", "model_dtype", "read_directory", "read_quant_config"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,20 +47,13 @@ class ModelSource:
     tensors: Iterable[tuple[str, Tensor]]
 
 
-def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
-    """Open a compressed-tensors, ModelOpt or unquantized directory.
+def detect_model(directory: Path) -> Detection:
+    """Return the format of a directory that `read_directory` can open; reads its configuration only.
 
-    `dtype` is the dtype of the modules of a compressed-tensors checkpoint that have to be dequantized.
-    Raises `DetectionError` for a checkpoint of another quantization method, `ConfigError` for JSON that can't be read
-    and for values of config.json of a wrong type or out of all bounds.
+    Raises `DetectionError` for a directory without a model, and for another quantization method.
     """
     detection = FormatDetector().detect(directory)
-    if detection.method == COMPRESSED_TENSORS:
-        from trtllm_ct.reference.bridge import deliver
-
-        delivered = deliver(directory, dtype=dtype, detection=detection)
-        return ModelSource(config=delivered.config, quant_config=delivered.quant_config, tensors=delivered.tensors)
-    if detection.method not in {MODELOPT, None}:
+    if detection.method not in {COMPRESSED_TENSORS, MODELOPT, None}:
         raise DetectionError(
             Fault(
                 where=str(directory),
@@ -68,6 +62,22 @@ def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
                 remedy=describe_method(detection.method).remedy,
             )
         )
+    return detection
+
+
+def read_directory(directory: Path, *, dtype: torch.dtype) -> ModelSource:
+    """Open a compressed-tensors, ModelOpt or unquantized directory.
+
+    `dtype` is the dtype of the modules of a compressed-tensors checkpoint that have to be dequantized.
+    Raises `DetectionError` for a checkpoint of another quantization method, `ConfigError` for JSON that can't be read
+    and for values of config.json of a wrong type or out of all bounds.
+    """
+    detection = detect_model(directory)
+    if detection.method == COMPRESSED_TENSORS:
+        from trtllm_ct.reference.bridge import deliver
+
+        delivered = deliver(directory, dtype=dtype, detection=detection)
+        return ModelSource(config=delivered.config, quant_config=delivered.quant_config, tensors=delivered.tensors)
     config = read_json_object(directory / "config.json")
     faults = FaultCollector()
     check_model_values(config, faults, f"{directory}/config.json: ")

@@ -29,11 +29,19 @@ from trtllm_ct.reference.requests import SamplingParams
 from trtllm_ct.reference.sampling import Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
-__all__ = ["Generation", "end_tokens_of", "generate_text", "generate_tokens", "load_tokenizer", "useful_threads"]
+__all__ = [
+    "Generation",
+    "end_tokens_of",
+    "generate_text",
+    "generate_tokens",
+    "load_tokenizer",
+    "require_known_tokens",
+    "useful_threads",
+]
 
 # A model without a tensor of at least this many elements runs on one thread.
 _MIN_ELEMENTS_FOR_THREADS = 2**22
@@ -84,8 +92,8 @@ def generate_text(
     `on_token` is called after each token with the text that the token completes; concatenated, these pieces are the
     whole text.
     Raises what `load_model` raises, `UsageError` for a prompt without tokens and for values that `SamplingParams`
-    refuses, `ConfigError` without a tokenizer or with a template that can't be applied, and `PayloadError` for a logit
-    that is NaN.
+    refuses, `ConfigError` without a tokenizer, with one that has tokens that the model lacks, or with a template that
+    can't be applied, and `PayloadError` for a logit that is NaN.
     """
     require_transformers()
     if max_tokens < 1:
@@ -98,6 +106,7 @@ def generate_text(
     tokenizer = load_tokenizer(model.name_or_path)
     chat = chat and has_chat_template(tokenizer)
     prompt_ids = prompt_tokens(tokenizer, prompt, chat=chat)
+    require_known_tokens(model, prompt_ids)
     started = perf_counter()
     end_tokens = end_tokens_of(model)
     token_ids: list[int] = []
@@ -221,6 +230,21 @@ def load_tokenizer(directory: str) -> Any:
                 remedy="Put tokenizer.json and tokenizer_config.json beside the weights.",
             )
         ) from error
+
+
+def require_known_tokens(model: Any, token_ids: Iterable[int]) -> None:
+    """Raise `ConfigError` if the tokenizer of a model made tokens that the model has no embedding for."""
+    size = model.config.vocab_size
+    largest = max(token_ids, default=0)
+    if largest >= size:
+        raise ConfigError(
+            Fault(
+                where=str(model.name_or_path),
+                expected=f"a tokenizer with tokens that the model has, below {size}",
+                found=f"token {largest}",
+                remedy="Put the tokenizer of this model beside its weights.",
+            )
+        )
 
 
 def _usage_error(where: str, expected: str, found: str, remedy: str) -> UsageError:

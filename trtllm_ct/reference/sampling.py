@@ -39,7 +39,8 @@ class Sampler:
                     where="logits",
                     expected="numbers",
                     found=f"{int(logits.isnan().sum())} of {logits.numel()} that are NaN",
-                    remedy="Run `trtllm-ct verify` on the checkpoint; float16 overflows where bfloat16 does not.",
+                    remedy="Run `trtllm-ct verify` on the checkpoint, which names scales, codes and plain weights that "
+                    "are no finite numbers; if it names none, float16 may overflow where bfloat16 does not.",
                 )
             )
         params = self._params

@@ -53,7 +53,7 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
     attention where attention would quantize its input at a fixed scale of 1, `requantize`, such as `experts=fp8-block`,
     rounds modules to codes that would be dequantized, with the scales of inputs in the file `calibration` if kernels
     need them (`pipeline/calibration.py`), and `strict` raises instead of dequantizing a module for which
-    the engine has no mode.
+    the engine has no mode. The reference engine computes the stored weights, so it ignores them.
 
     Raises `UsageError` for arguments that can't work together, `MissingDependencyError` where a package is missing,
     `CheckpointError` with all faults of a checkpoint, and whatever the engine raises.
@@ -64,7 +64,18 @@ def LLM(  # noqa: N802 (named like the TensorRT-LLM class of which it returns an
         )
     if engine == "reference" or (engine == "auto" and not engine_installed()):
         reason = "engine='reference'" if engine == "reference" else "TensorRT-LLM is not installed here"
-        return _reference_llm(model, kwargs, reason, level=logging.INFO if engine == "reference" else logging.WARNING)
+        from trtllm_ct.pipeline.calibration import asked_requantization
+
+        # What is refused does not depend on the machine.
+        asked_requantization(requantize, calibration)
+        conversion = {
+            "dense_o_proj": dense_o_proj,
+            "requantize": requantize,
+            "calibration": calibration,
+            "strict": strict,
+        }
+        level = logging.INFO if engine == "reference" else logging.WARNING
+        return _reference_llm(model, kwargs, conversion, reason, level=level)
     require_engine()
     from trtllm_ct.serve.bindings import LOADERS, engine_features, engine_llm
     from trtllm_ct.serve.llm_arguments import engine_arguments
@@ -100,18 +111,35 @@ def require_engine() -> None:
         raise MissingDependencyError(replace(fault, remedy=remedy)) from error
 
 
-def _reference_llm(model: str | Path, arguments: dict[str, Any], reason: str, *, level: int) -> Any:
+def _reference_llm(
+    model: str | Path, arguments: Mapping[str, Any], conversion: Mapping[str, Any], reason: str, *, level: int
+) -> Any:
+    """Return a `ReferenceLLM`, and log at `level` what it ignores of the arguments and of the options of a conversion.
+
+    It computes the stored weights, and a sidecar stands for its source.
+    """
     from trtllm_ct.reference.llm import ReferenceLLM
     from trtllm_ct.serve.sidecar import Sidecar, is_sidecar
 
     ignored = [name for name in arguments if name not in (*_REFERENCE_ARGUMENTS, "revision")]
     ignored_note = f"; it ignores {', '.join(ignored)}" if ignored else ""
-    logger.log(level, "The CPU reference engine runs %s: %s%s", model, reason, ignored_note)
+    note = f"{ignored_note}{_unused_note(conversion)}"
+    logger.log(level, "The CPU reference engine runs %s: %s%s", model, reason, note)
     repository = repository_named(model, arguments.get("revision"))
     directory = repository.checkpoint() if repository else Path(model)
     if is_sidecar(directory):
-        directory = Sidecar.open(directory).source
+        sidecar = Sidecar.open(directory)
+        directory, options = sidecar.source, sidecar.options
+        prepared = {"dense_o_proj": options.dense_o_proj, "requantize": options.requantize.words}
+        if note := _unused_note(prepared):
+            logger.log(level, "%s was prepared from %s%s of the preparation", sidecar.directory, directory, note)
     return ReferenceLLM(directory, **{name: arguments[name] for name in _REFERENCE_ARGUMENTS if name in arguments})
+
+
+def _unused_note(conversion: Mapping[str, Any]) -> str:
+    """Return what a log line says of the options of a conversion that are set; empty if none is."""
+    unused = [name for name, value in conversion.items() if value]
+    return f"; it computes the stored weights, so it ignores {', '.join(unused)}" if unused else ""
 
 
 def __getattr__(name: str) -> Any:

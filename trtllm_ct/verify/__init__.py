@@ -2,6 +2,7 @@
 
 verify.py           verify_checkpoint and its report
 source_check.py     checks the values of a source that no header shows
+plain_values.py     looks for numbers in its plain tensors that are not finite
 converted.py        compares a converted directory with its source, on all cores
 matching.py         which tensors of the two directories are compared, and how
 engine_match.py     compares an engine-build checkpoint with its source

@@ -23,7 +23,7 @@ from trtllm_ct.config.json_file import read_json_object
 from trtllm_ct.engine.quant_config import QuantConfig
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.reference.directory import read_quant_config
-from trtllm_ct.verify.comparison import Comparison, compare_native
+from trtllm_ct.verify.comparison import Comparison, compare_numbers
 from trtllm_ct.verify.converted import checks_of, source_modules
 from trtllm_ct.verify.engine_ranks import is_engine_directory
 from trtllm_ct.verify.matching import DirectoryMatch, NamedPair
@@ -234,10 +234,10 @@ class _Sides:
 
 
 def _pair(want: Values, got: Values) -> Pair:
-    """Return the pair of a tensor in both directories; every difference counts."""
+    """Return the pair of a tensor in both directories; every difference counts, and NaN equals NaN."""
 
     def compare(begin: int, end: int) -> Comparison:
-        return compare_native(got.rows(begin, end), want.rows(begin, end), exact=True)
+        return compare_numbers(got.rows(begin, end), want.rows(begin, end))
 
     return Pair(shape=want.shape, compare=compare, block=lcm(want.block, got.block))
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from trtllm_ct.base.dtypes import DType
 
-__all__ = ["Comparison", "compare_native", "compare_rounded", "equal_bits", "equal_elements"]
+__all__ = ["Comparison", "compare_native", "compare_numbers", "compare_rounded", "equal_bits", "equal_elements"]
 
 _BLOCK = 128
 _NATIVE_TOLERANCE = 1e-6
@@ -69,6 +69,19 @@ class Comparison:
         return fields_form(self)
 
 
+def compare_numbers(got: NDArray[np.float64], want: NDArray[np.float64]) -> Comparison:
+    """Compare rows of two tensors in float64; good when no element differs.
+
+    Two NaN are the same value, and so are two infinities of one sign; a NaN is infinitely far from any number.
+    """
+    same = _same(got, want)
+    if same.all():
+        return _equal(got)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = np.where(same, 0.0, np.abs(got - want) / _row_peak(want))
+    return _comparison(got, want, same, relative)
+
+
 def compare_native(got: NDArray[np.float64], want: NDArray[np.float64], *, exact: bool = False) -> Comparison:
     """Compare rows [n, K] of two weights in float64 that were dequantized from native codes.
 
@@ -100,7 +113,7 @@ def compare_rounded(
     want = rounded(exact, dtype)
     if np.array_equal(got, want):
         return _equal(got)
-    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    same = _same(got, want)
     if uncertainty and exact.size:
         slack = uncertainty * np.abs(exact).max()
         same |= (rounded(exact - slack, dtype) <= got) & (got <= rounded(exact + slack, dtype))
@@ -129,9 +142,23 @@ def _equal(got: NDArray[np.float64]) -> Comparison:
 
 
 def _row_peak(want: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The largest magnitude of each row, shaped [..., 1]; the magnitudes themselves for a scalar or an empty tensor."""
+    """The largest finite magnitude of each row, shaped [..., 1]; the magnitudes of a scalar or an empty tensor.
+
+    A NaN or an infinity in a row must not hide how far its other elements are off.
+    """
     magnitudes = np.abs(want)
-    return magnitudes.max(axis=-1, keepdims=True) if want.size and want.ndim else magnitudes
+    if not (want.size and want.ndim):
+        return magnitudes
+    peak: NDArray[np.float64] = magnitudes.max(axis=-1, keepdims=True)
+    if not np.isfinite(peak).all():
+        peak = np.where(np.isfinite(magnitudes), magnitudes, 0.0).max(axis=-1, keepdims=True)
+    return peak
+
+
+def _same(got: NDArray[np.float64], want: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether elements have the same value; NaN is the same as NaN."""
+    same: NDArray[np.bool_] = got == want
+    return same if same.all() else same | (np.isnan(got) & np.isnan(want))
 
 
 def _comparison(

@@ -7,11 +7,12 @@ relative error of the weight must be within the limit of its form.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trtllm_ct.base.json_form import json_object
 from trtllm_ct.verify.comparison import Comparison
 from trtllm_ct.verify.native_numbers import ascending_numbers
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from trtllm_ct.base.schemes import Element
     from trtllm_ct.verify.source.coded import Coded
 
-__all__ = ["RoundedComparison", "compare_rounded_codes"]
+__all__ = ["RoundedComparison", "compare_rounded_codes", "relative_error"]
 
 # Conversion rounds value / scale to float32 before it looks for the nearest code.
 _SLACK = 1e-6
@@ -40,10 +41,8 @@ class RoundedComparison(Comparison):
 
     @property
     def relative_error(self) -> float:
-        """The root of the sum of squared errors over that of squared values; 0 for a weight of zeros."""
-        if not self.squares:
-            return inf if self.squared_error else 0.0
-        return sqrt(self.squared_error / self.squares)
+        """The root of the sum of squared errors over that of squared values; see `relative_error`."""
+        return relative_error(self.squared_error, self.squares)
 
     def joined(self, following: Comparison) -> Comparison:
         """Return the comparison of these rows and of those that follow; of equal errors the first counts."""
@@ -60,7 +59,19 @@ class RoundedComparison(Comparison):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return Comparison.to_dict(self) | {"relative_error": self.relative_error}
+        return Comparison.to_dict(self) | json_object({"relative_error": self.relative_error})
+
+
+def relative_error(squared_error: float, squares: float) -> float:
+    """Return the root of a sum of squared errors over that of squared values; 0 for a weight of zeros.
+
+    It is infinite where a value is NaN or infinite, as `Comparison.error` is.
+    """
+    if not isfinite(squared_error) or not isfinite(squares):
+        return inf
+    if not squares:
+        return inf if squared_error else 0.0
+    return sqrt(squared_error / squares)
 
 
 def compare_rounded_codes(got: Coded, want: NDArray[np.float64], element: Element) -> RoundedComparison:

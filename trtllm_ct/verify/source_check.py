@@ -1,4 +1,4 @@
-"""Check the values of a source that no header shows: scales, zero points, shapes and NaN codes.
+"""Check the values of a source that no header shows: scales, zero points, shapes, NaN codes and plain values.
 
 These checks use the plan and the checks of the conversion (`pipeline/payload.py`): they say whether a source is sound,
 not whether a conversion is right.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.plan import ModulePlan, Plan
     from trtllm_ct.plan.producers import ValueWatch
     from trtllm_ct.plan.stored import View
+    from trtllm_ct.verify.plain_values import PlainWatch
 
 __all__ = ["check_source"]
 
@@ -33,19 +34,25 @@ _CHUNK_BYTES = 1 << 20
 
 
 def check_source(
-    plan: Plan, catalog: Catalog, watch: ValueWatch, faults: FaultCollector, progress: Callable[[int], None]
+    plan: Plan,
+    catalog: Catalog,
+    watches: tuple[ValueWatch, PlainWatch],
+    faults: FaultCollector,
+    progress: Callable[[int], None],
 ) -> int:
     """Check the payload of every module; return the number of rows or groups with a scale of zero.
 
-    `progress` is called with the stored bytes of each module.
+    `watches` note what is no fault. `progress` is called with the stored bytes of each module.
     Raises `PayloadError` when the pieces of a sparse tensor contradict each other.
     """
     zero_scales = 0
+    values, plain = watches
     with TensorFiles(catalog) as files:
         for module in plan.modules:
             stored = _stored_tensors(module, catalog)
             check_payload(module, stored, faults)
-            watch.look(module, stored)
+            values.look(module, stored)
+            plain.look(module, files)
             zero_scales += count_zero_scales(module, stored)
             _check_codes(module, stored, files, faults)
             progress(module.stored_bytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod, sqrt
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.probe import NO_PROBE
 from trtllm_ct.plan.producers import ValueWatch
 from trtllm_ct.verify.engine_ranks import is_engine_directory
+from trtllm_ct.verify.plain_values import PlainWatch
 from trtllm_ct.verify.source_check import check_source
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class VerificationReport:
 
     `modules` is the number of modules in the plan. `zero_scales` is the number of rows or groups with a scale of zero.
     `checks` is empty if only the source was verified, or if the source has faults. `warnings` are the warnings of the
-    plan, and warnings about the checkpoint's producer that follow from the values.
+    plan, warnings about the checkpoint's producer that follow from the values, and those about plain tensors with
+    numbers that are not finite.
     """
 
     directory: Path
@@ -75,9 +77,10 @@ class VerificationReport:
     @property
     def relative_error(self) -> float:
         """The relative error of all requantized weights together; 0 if there are none."""
+        from trtllm_ct.verify.requantized import relative_error
+
         pairs = [(comparison.squared_error, comparison.squares) for _, comparison in self._rounded()]
-        squares = sum(squares for _, squares in pairs)
-        return sqrt(sum(error for error, _ in pairs) / squares) if squares else 0.0
+        return relative_error(sum(error for error, _ in pairs), sum(squares for _, squares in pairs))
 
     def _rounded(self) -> Iterator[tuple[TensorCheck, RoundedComparison]]:
         from trtllm_ct.verify.requantized import RoundedComparison
@@ -119,7 +122,8 @@ def verify_checkpoint(
     """Verify a compressed-tensors directory, and a directory converted from it when one is given.
 
     Without `converted`, these are checked: the structure and the companion tensors (by planning), that scales are
-    finite and positive, that zero points are in range and that no code is NaN. With `converted`, every weight is also
+    finite and positive, that zero points are in range and that no code is NaN. A plain tensor that holds NaN or an
+    infinity is a warning: it is delivered as it is stored. With `converted`, every weight is also
     compared: by its codes and scales, or dequantized on both sides in float64. A native weight is good when every
     element is equal; where a delivered number had to be rounded to float32, when no element is off by more than 1e-6 of
     the largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded
@@ -153,10 +157,10 @@ def verify_checkpoint(
     checkpoint = replace(checkpoint, probe=probe)
     plan = _plan(checkpoint, _target_of(converted))
     faults = FaultCollector()
-    watch = ValueWatch()
+    watch, plain = ValueWatch(), PlainWatch()
     stored_bytes = sum(module.stored_bytes for module in plan.modules)
     progress = on_start(stored_bytes * (1 if converted is None else 2)) if on_start else _ignore
-    zero_scales = check_source(plan, checkpoint.catalog, watch, faults, progress)
+    zero_scales = check_source(plan, checkpoint.catalog, (watch, plain), faults, progress)
     checks: tuple[TensorCheck, ...] = ()
     if converted is not None and requantize is not None:
         refuse_other_requantization(Path(converted), requantize, faults)
@@ -172,7 +176,7 @@ def verify_checkpoint(
         zero_scales=zero_scales,
         checks=checks,
         faults=tuple(faults.faults),
-        warnings=plan.warnings + watch.warnings,
+        warnings=plan.warnings + watch.warnings + plain.warnings,
     )
 
 
