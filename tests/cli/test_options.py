@@ -8,14 +8,15 @@ import pytest
 from builders import tiny_config, write_checkpoint
 from command_line import run_cli
 
-from trtllm_ct.cli import commands
+from trtllm_ct.cli.convert_commands import convert
+from trtllm_ct.cli.inspect_commands import inspect, plan
 from trtllm_ct.convert.convert import convert_checkpoint
 from trtllm_ct.plan.options import PlanOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PLANNING = ("inspect", "plan", "convert")
+PLANNING = {"inspect": inspect, "plan": plan, "convert": convert}
 # `--tp`, `--pp` and `--ep` together are the keyword `parallel`.
 OPTIONS = {"parallel": ("tp", "pp", "ep")}
 NOT_OF = {"strict": {"inspect"}, "additive_zeros": {*PLANNING}, "kv_cache": {*PLANNING}}
@@ -38,7 +39,7 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def types_of(command: str) -> dict[str, Any]:
-    return get_type_hints(getattr(commands, command), include_extras=True)
+    return get_type_hints(PLANNING[command], include_extras=True)
 
 
 @pytest.mark.parametrize("command", PLANNING)
