@@ -21,6 +21,7 @@ from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, PayloadEr
 from trtllm_ct.base.whole_files import write_whole
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import read_header
+from trtllm_ct.checkpoint.output_place import check_file_place
 from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.checkpoint.runs import read_runs
 from trtllm_ct.checkpoint.source import Folder
@@ -106,9 +107,13 @@ def with_own_scales(asked: Requantize, catalog: Catalog) -> Requantize:
     return replace(asked, calibration=replace(asked.calibration, stored=_read_scales(catalog, own)))
 
 
-def check_calibration_place(path: Path) -> None:
-    """Raise `UsageError` if a file can't be written at a path, or is there already: before the model runs."""
+def check_calibration_place(path: Path, source: Path) -> None:
+    """Raise `UsageError` if a file can't be written at a path, or is there already: before the model of `source` runs.
+
+    A new file inside of the source would be one of its weight files.
+    """
     if path.parent.is_dir() and not os.path.lexists(path):
+        check_file_place(path, [source], where=str(path))
         return
     raise UsageError(
         Fault(
