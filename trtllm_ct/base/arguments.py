@@ -7,7 +7,7 @@ would mean something else: a text is a sequence of its letters.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from trtllm_ct.base.errors import Fault, FaultCollector, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-__all__ = ["FLAG", "Check", "check_arguments", "instance_of", "path_of", "texts_of", "whole_number"]
+__all__ = ["FLAG", "HF_CONFIG", "Check", "check_arguments", "instance_of", "path_of", "texts_of", "whole_number"]
 
 _REMEDY = "Give what is expected, or leave it out."
 
@@ -46,6 +46,7 @@ def whole_number(expected: str = "a whole number", remedy: str = _REMEDY) -> Che
 
 
 FLAG = instance_of("True or False", bool)
+HF_CONFIG = instance_of("a parsed config.json, a dictionary", Mapping, remedy="Read it with json.loads.")
 
 
 def check_arguments(checks: Mapping[str, Check], values: Mapping[str, object]) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from trtllm_ct.base.arguments import path_of
+from trtllm_ct.base.arguments import FLAG, Check, check_arguments, path_of, whole_number
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
@@ -53,6 +53,19 @@ Started = Callable[[Plan], Callable[[int], None]]
 
 The progress callback is called with a number of delivered bytes each time a unit is finished.
 """
+
+
+_BYTES = whole_number("a number of bytes, such as 5 * 10**9", "Write a number: words such as 5GB are for the command.")
+_FUNCTION = Check("a function", callable).or_none()
+_CHECKS: Mapping[str, Check] = {
+    "overwrite": FLAG,
+    "force": FLAG,
+    "sync": FLAG,
+    "max_shard_bytes": _BYTES,
+    "keep": _BYTES.or_none(),
+    "on_start": _FUNCTION,
+    "on_download": _FUNCTION,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,21 +226,24 @@ def convert_checkpoint(
     faults in the checkpoint, `OutputError` when the file system of `out` fails, and `LimitError` without enough memory.
     """
     out = path_of("out", out)
+    place = directory if isinstance(directory, str) else path_of("directory", directory)
     started = time.perf_counter()
     # The collector finds nothing to free: tiles and their plans form no reference cycles.
     with open_pool(executor, workers) as pool, collector_paused():
         if pool is None:
             return None
         # On one rank only: the others would wait forever for one that ends before they have work.
+        given = {"overwrite": overwrite, "force": force, "sync": sync, "max_shard_bytes": max_shard_bytes, "keep": keep}
+        check_arguments(_CHECKS, given | {"on_start": on_start, "on_download": on_download})
         _require_possible(to, max_shard_bytes, keep)
         patterns = carried_patterns(carry)
         options = PlanOptions.of(to, **asked)
-        if names_folder(directory):
-            check_output_place(Path(directory), out)
+        if names_folder(place):
+            check_output_place(Path(place), out)
         # Open the output before reading the source, so that an output that can't be written fails at once.
         with replacing_directory(out, overwrite=overwrite, force=force, sync=sync) as partial:
-            with source_errors(directory):
-                checkpoint = open_checkpoint(staged_source(directory, partial, executor))
+            with source_errors(place):
+                checkpoint = open_checkpoint(staged_source(place, partial, executor))
                 conversion = _planned(checkpoint, options, max_shard_bytes, partial)
                 conversion.shards = shards_of(conversion, keep, on_download or (lambda _total: _ignore))
             progress = on_start(conversion.plan) if on_start else _ignore

@@ -13,9 +13,9 @@ import json
 import os
 import struct
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, PayloadError, UsageError
 from trtllm_ct.base.whole_files import write_whole
@@ -31,6 +31,7 @@ from trtllm_ct.layouts.raw_bytes import read_scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from trtllm_ct.checkpoint.header import StoredTensor
 
@@ -80,7 +81,7 @@ def read_calibration(path: str | Path) -> Calibration:
     of its scales: another dtype, several elements, numbers that are not positive or beyond all that inputs have, and
     those of an export in NVFP4, which are the largest magnitude over 6 x 448.
     """
-    path = Path(path)
+    path = path_of("calibration", path)
     try:
         tensors = read_header(path, path.name).tensors
     except OSError as error:
@@ -130,7 +131,7 @@ def write_calibration(path: str | Path, scales: Mapping[str, float]) -> None:
 
     Raises `OutputError` if that fails.
     """
-    path = Path(path)
+    path = path_of("path", path)
     header = {
         f"{name}{_SUFFIX}": {"dtype": "F32", "shape": [], "data_offsets": [4 * position, 4 * position + 4]}
         for position, name in enumerate(scales)
