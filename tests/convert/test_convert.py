@@ -123,6 +123,35 @@ class TestOutput:
         assert not (tmp_path / "out" / "params.json").exists()
         assert not (tmp_path / "out" / "pytorch_model.bin").exists()
 
+    @pytest.mark.parametrize("carry", ["assets/*", ["assets/*"], iter(["assets/*"])])
+    def test_one_pattern_carries_what_it_matches_and_nothing_else(self, tmp_path: Path, carry: Any):
+        source = write_checkpoint(tmp_path / "source").directory
+        (source / "secret.key").write_text("secret")
+        (source / "assets").mkdir()
+        (source / "assets/picture.png").touch()
+
+        report = convert_checkpoint(source, tmp_path / "out", carry=carry)
+
+        assert report.carried_files == ("assets/picture.png",)
+        assert report.left_out_files == ("secret.key",)
+        assert not [warning for warning in report.warnings if "--carry" in warning]
+
+    @pytest.mark.parametrize("carry", ["", "../x", "./assets/*", "assets//*", "/", ["assets", ".."], None, 3, [b"a"]])
+    def test_a_pattern_that_matches_no_name_is_refused(self, built: Built, tmp_path: Path, carry: Any):
+        with pytest.raises(UsageError, match="carry: expected"):
+            convert_checkpoint(built.directory, tmp_path / "out", carry=carry)
+
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("to", ["modelopt", "engine"])
+    def test_a_pattern_that_no_copied_file_has_is_named(self, tmp_path: Path, to: str):
+        source = write_checkpoint(tmp_path / "source", scheme="int8-channel").directory
+
+        report = convert_checkpoint(source, tmp_path / "out", to=to, carry=["asets/*", "model.safetensors"])
+
+        named = [warning for warning in report.warnings if warning.startswith("--carry")]
+        assert [warning.split(":")[0] for warning in named] == ["--carry asets/*", "--carry model.safetensors"]
+
     @pytest.mark.parametrize("to", ["modelopt", "dense"])
     def test_a_tokenizer_of_transformers_5_is_readable_by_transformers_4(self, tmp_path: Path, to: str):
         source = write_checkpoint(tmp_path / "source", tokenizer=True).directory

@@ -118,13 +118,21 @@ def test_a_calibration_that_nothing_reads_is_a_usage_error(tmp_path: Path, words
 
 def test_only_a_new_file_in_a_folder_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("")
-    check_calibration_place(tmp_path / "new")
+    check_calibration_place(tmp_path / "new", tmp_path / "model")
 
     for place in ("there", "nowhere/new"):
         with pytest.raises(UsageError):
-            check_calibration_place(tmp_path / place)
+            check_calibration_place(tmp_path / place, tmp_path / "model")
     with pytest.raises(OutputError):
         write_calibration(tmp_path / "nowhere/new", SCALES)
+
+
+def test_no_file_is_added_to_the_checkpoint_that_is_measured(tmp_path: Path) -> None:
+    """It would be one of its weight files."""
+    (tmp_path / "model").mkdir()
+
+    with pytest.raises(UsageError, match="inside"):
+        check_calibration_place(tmp_path / "model/scales.safetensors", tmp_path / "model")
 
 
 def test_scales_that_the_checkpoint_stores_need_no_file(tmp_path: Path) -> None:

@@ -190,6 +190,50 @@ def test_a_prompt_without_tokens_or_with_unknown_ones_is_refused(llm: Any, promp
         llm.generate([prompt] if prompt == [] else prompt)
 
 
+@pytest.mark.parametrize(
+    "form", [{"prompt": "ab"}, {"prompt": "ab", "prompt_token_ids": [A, B]}, {"prompt": "ab", "prompt_token_ids": None}]
+)
+def test_a_prompt_may_have_the_forms_of_tensorrt_llm(llm: Any, form: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=4)
+
+    assert llm.generate(form, params) == llm.generate("ab", params)
+    assert llm.generate([form, "c"], params) == llm.generate(["ab", "c"], params)
+
+
+@pytest.mark.parametrize("ids", [[A, B], (A, B)])
+def test_token_ids_may_have_the_form_of_tensorrt_llm(llm: Any, ids: Any) -> None:
+    params = SamplingParams(max_tokens=4)
+
+    assert llm.generate({"prompt_token_ids": ids}, params) == llm.generate(ids, params) == llm.generate([A, B], params)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        3,
+        b"ab",
+        {},
+        {"prompt": None},
+        {"prompt": 3},
+        {"prompt": [A]},
+        {"prompt_token_ids": "ab"},
+        {"prompt_token_ids": b"ab"},
+        {"text": "ab"},
+        {"prompt": "ab", "multi_modal_data": {"image": []}},
+        {"ab"},
+        [A, "b"],
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused_before_any_prompt_runs(llm: Any, wrong: Any) -> None:
+    follow(llm)  # which fails for the first token
+
+    for inputs in (wrong, ["ab", wrong]):
+        with pytest.raises(UsageError, match="prompt: expected a text, token ids, or a dictionary"):
+            llm.generate(inputs)
+
+
 def test_the_number_of_parameters_must_equal_the_number_of_prompts(llm: Any) -> None:
     with pytest.raises(UsageError, match="expected 2, one a prompt, found 3"):
         llm.generate(["a", "b"], [SamplingParams()] * 3)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+import pickle
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pytest
@@ -102,6 +104,35 @@ def test_the_global_generator_is_not_touched() -> None:
     Sampler(SamplingParams(top_k=3, seed=1))(torch.zeros(9))
 
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "more", [{"n": 2}, {"logprobs": 1}, {"ignore_eos": True}, {"stop_token_ids": [1]}, {"n": 2, "logprobs": 1}]
+)
+def test_parameters_that_only_tensorrt_llm_has_are_refused_by_name(more: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="max_tokens, temperature, top_p, top_k, seed, stop") as caught:
+        SamplingParams(max_tokens=3, **more)
+
+    assert {fault.where for fault in caught.value.faults} == {f"SamplingParams.{name}" for name in more}
+
+
+def test_parameters_have_names() -> None:
+    with pytest.raises(UsageError, match="by name"):
+        SamplingParams(32)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("stop", [3, b"a", [b"a"], [3], True])
+def test_stops_that_are_no_texts_are_refused(stop: Any) -> None:
+    with pytest.raises(UsageError, match=r"SamplingParams\.stop"):
+        SamplingParams(stop=stop)
+
+
+def test_parameters_are_copied_and_shown_like_those_of_any_dataclass() -> None:
+    params = SamplingParams(max_tokens=3)
+
+    assert replace(params, seed=1) == SamplingParams(max_tokens=3, seed=1)
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert list(inspect.signature(SamplingParams).parameters) == [field.name for field in fields(SamplingParams)]
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1)], ids=["greedy", "drawn"])

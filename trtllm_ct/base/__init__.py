@@ -2,6 +2,7 @@
 
 errors.py         the exception classes, and a collector for all faults of one stage
 lost_remedies.py  what to do about tensors that no file has
+arguments.py      checks of the arguments of public functions
 dtypes.py         the dtype table: names in safetensors headers and in torch
 schemes.py        how weights and activations are quantized: strategies, arguments, algorithms, tensor specs
 cores.py          how many processor cores this process may use

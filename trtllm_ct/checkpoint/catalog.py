@@ -23,6 +23,7 @@ from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector
 from trtllm_ct.base.regular_files import INDEX_BYTES
@@ -101,9 +102,9 @@ class Catalog:
         object.__setattr__(self, "specs", {name: tensor.spec for name, tensor in self.tensors.items()})
 
     @classmethod
-    def from_directory(cls, directory: Path) -> Self:
+    def from_directory(cls, directory: str | Path) -> Self:
         """Read the headers of all weight files of `directory`; see `from_source`."""
-        return cls.from_source(Folder(directory))
+        return cls.from_source(Folder(path_of("directory", directory)))
 
     @classmethod
     def from_source(cls, source: Source) -> Self:

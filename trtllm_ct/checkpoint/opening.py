@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtllm_ct.checkpoint.hub.naming import repository_named
-from trtllm_ct.checkpoint.source import Folder
+from trtllm_ct.checkpoint.source import as_source
 
 if TYPE_CHECKING:
     from trtllm_ct.checkpoint.source import Source
@@ -27,12 +27,10 @@ def open_source(place: str | Path | Source) -> Source:
     is a repository of the Hub (`ORG/NAME`, `ORG/NAME@REVISION`, or its URL), another URL that fsspec opens, such as
     `s3://BUCKET/FOLDER`, or the path of a folder that does not exist.
     Raises `HubError` for a repository or a URL that can't be read, and `MissingDependencyError` if a package that reads
-    it is not installed.
+    it is not installed, and `UsageError` for what is no text, path or source.
     """
-    if not isinstance(place, str | Path):
-        return place
-    if isinstance(place, Path) or names_folder(place):
-        return Folder(Path(place))
+    if not isinstance(place, str) or names_folder(place):
+        return as_source(place)
     repository = repository_named(place)
     if repository is not None:
         from trtllm_ct.checkpoint.hub.client import open_repository

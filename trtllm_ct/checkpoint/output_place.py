@@ -23,9 +23,9 @@ from trtllm_ct.checkpoint.output_errors import unusable
 from trtllm_ct.checkpoint.work_folder import is_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["OutputPlace", "check_output_place", "what_is_left"]
+__all__ = ["OutputPlace", "check_file_place", "check_output_place", "what_is_left"]
 
 _MAX_LINKS = 40
 """The most links that Linux follows on one path."""
@@ -50,6 +50,34 @@ def check_output_place(source: Path, out: Path) -> None:
                 remedy="Choose an output directory beside the source.",
             )
         )
+
+
+def check_file_place(file: Path, folders: Iterable[Path], *, where: str) -> None:
+    """Raise `UsageError` when a file to write is one of these folders, inside one, or a folder that holds one.
+
+    A file in a source would become part of the checkpoint or replace some of it, and an output is replaced as a whole.
+    The folders need not exist. Links to folders are followed; a link at the end of `file` is what would be replaced.
+    """
+    with _as_unusable(file):
+        place = Path(os.path.realpath(file.parent)) / file.name
+        folders = [Path(os.path.realpath(folder)) for folder in folders]
+    for folder in folders:
+        if place == folder or folder in place.parents or place in folder.parents:
+            raise UsageError(
+                Fault(
+                    where=where,
+                    expected="a file apart from the directories of the command",
+                    found=f"{file}, which is {_beside(place, folder)}",
+                    remedy="Name a file in another folder.",
+                )
+            )
+
+
+def _beside(place: Path, folder: Path) -> str:
+    """Say how a path lies to a folder from which it is not apart."""
+    if place == folder:
+        return "one of them"
+    return f"inside {folder}" if folder in place.parents else f"a folder that would hold {folder}"
 
 
 def what_is_left(out: Path) -> Callable[[], str]:

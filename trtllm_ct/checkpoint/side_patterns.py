@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.arguments import texts_of
+from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.checkpoint.catalog import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ __all__ = [
     "CARRIED",
     "START_BYTES",
     "TARGET_FILES",
+    "carried_patterns",
     "is_code",
     "is_excluded",
     "is_known",
@@ -86,6 +89,26 @@ _LIBRARY = re.compile(r"\.so(\.\d+)+$")
 
 START_BYTES = 64
 """So many bytes of a file are enough for `starts_as_code`."""
+
+
+def carried_patterns(carry: object) -> tuple[str, ...]:
+    """Return the patterns of an option `carry`: one text is one pattern.
+
+    Raises `UsageError` for anything but texts, and for patterns that match no name: empty ones, and those that lead out
+    of the checkpoint.
+    """
+    patterns = texts_of("carry", carry)
+    for pattern in patterns:
+        if not {"", ".", ".."}.isdisjoint(pattern.strip("/").split("/")):
+            raise UsageError(
+                Fault(
+                    where="--carry",
+                    expected="a pattern of names from the top of the checkpoint, without `.` and `..`",
+                    found=repr(pattern),
+                    remedy="Write a pattern such as 'assets/*', or copy the files yourself.",
+                )
+            )
+    return patterns
 
 
 def matches_any(name: str, patterns: Collection[str]) -> bool:

@@ -10,15 +10,16 @@ import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.regular_files import is_present, open_regular, read_at, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
 __all__ = ["Folder", "Part", "Source", "StoredFile", "as_source", "local_folder", "open_local"]
 
@@ -44,6 +45,7 @@ class StoredFile(Protocol):
         ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """The files of a checkpoint, by their names relative to it. Every method raises `OSError` as a file system does.
 
@@ -167,8 +169,11 @@ def open_local(path: Path) -> Iterator[StoredFile]:
 
 
 def as_source(place: str | Path | Source) -> Source:
-    """Return the folder of a path as a source; a source is returned as it is."""
-    return Folder(Path(place)) if isinstance(place, str | Path) else place
+    """Return the folder of a path as a source; a source is returned as it is.
+
+    Raises `UsageError` for anything else.
+    """
+    return place if isinstance(place, Source) else Folder(path_of("directory", place))
 
 
 def local_folder(source: Source) -> Path:

@@ -72,7 +72,7 @@ def convert(
     from trtllm_ct.checkpoint.output import what_is_left
     from trtllm_ct.convert.convert import convert_checkpoint
 
-    check_page_place(html)
+    check_page_place(html, directory, out)
     asked["strict"] = strict
     with going_on_from(what_is_left(out)), conversion_progress() as (on_start, on_download):
         conversion = convert_checkpoint(
@@ -126,7 +126,7 @@ def verify(
     from trtllm_ct.pipeline.calibration import asked_requantization
     from trtllm_ct.verify.sizes import verify_with_sizes
 
-    check_page_place(html)
+    check_page_place(html, directory, converted)
     left = nothing_written("the same command starts from the beginning")
     with going_on_from(left), shown_progress(stderr, "Verifying") as on_start:
         verification = verify_with_sizes(

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.arguments import check_arguments
 from trtllm_ct.base.errors import CheckpointError, Fault
 from trtllm_ct.base.json_form import json_form, json_object
 from trtllm_ct.base.packages import PACKAGES
@@ -23,6 +24,7 @@ from trtllm_ct.convert.sizes import ConvertedDirectory
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
 from trtllm_ct.engine.target import REFERENCE, target_named
 from trtllm_ct.pipeline.open import open_checkpoint
+from trtllm_ct.plan.options import PARALLEL
 from trtllm_ct.serve.features import unknown_class
 from trtllm_ct.serve.llm import engine_installed, require_engine
 from trtllm_ct.serve.llm_arguments import converted_scale_fault, fixed_scale_fault
@@ -160,6 +162,7 @@ def diagnose(directory: str | Path | None = None, *, parallel: Parallel = ONE_RA
     `MissingDependencyError` if TensorRT-LLM is installed but can't be imported, `DetectionError` if `directory` is not
     a checkpoint directory, and `HubError` if a repository can't be read.
     """
+    check_arguments({"parallel": PARALLEL}, {"parallel": parallel})
     machine = inspect_machine()
     return Diagnosis(machine=machine, served=_serve(open_source(directory), parallel, machine) if directory else None)
 

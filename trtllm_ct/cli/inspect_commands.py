@@ -48,7 +48,7 @@ def inspect(
     """
     from trtllm_ct.pipeline.inspection import inspect_checkpoint
 
-    check_page_place(html)
+    check_page_place(html, directory)
     inspection = inspect_checkpoint(directory, to, compare_places=elsewhere, **asked)
     # What only these two show, such as the needs of GPUs, takes seconds for a large model.
     document = inspection.to_dict() if as_json or html else {}
@@ -122,7 +122,7 @@ def compare(
     from trtllm_ct.cli.comparison_report import comparison
     from trtllm_ct.verify.compare import compare_directories
 
-    check_page_place(html)
+    check_page_place(html, first, second)
     left = nothing_written("the same command starts from the beginning")
     with going_on_from(left), shown_progress(stderr, "Comparing") as on_start:
         found = compare_directories(first, second, values=not headers, on_start=on_start)

@@ -108,7 +108,7 @@ def calibrate(
     from trtllm_ct.pipeline.calibration import check_calibration_place, write_calibration
     from trtllm_ct.reference import measure_scales
 
-    check_calibration_place(out)
+    check_calibration_place(out, directory)
     content = text_of_file(text)
     with going_on_from(nothing_written("a smaller --max-tokens takes less time")), naming_text(text):
         measured = measure_scales(directory, content, window=window, max_tokens=max_tokens)

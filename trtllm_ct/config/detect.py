@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.arguments import HF_CONFIG, check_arguments
 from trtllm_ct.base.errors import ConfigError, DetectionError, Fault
 from trtllm_ct.base.json_form import fields_form, json_object
 from trtllm_ct.base.source_errors import source_errors
@@ -185,6 +186,7 @@ class FormatDetector:
 
         Raises `ConfigError` when a block is not a JSON object.
         """
+        check_arguments({"config": HF_CONFIG}, {"config": config})
         return _decide({_CONFIG: config}, None)
 
 

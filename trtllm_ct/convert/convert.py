@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from trtllm_ct.base.arguments import FLAG, Check, check_arguments, path_of, whole_number
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import json_object
@@ -20,6 +21,7 @@ from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
 from trtllm_ct.checkpoint.opening import names_folder
 from trtllm_ct.checkpoint.output import check_output_place, replacing_directory
+from trtllm_ct.checkpoint.side_patterns import carried_patterns, matches_any
 from trtllm_ct.convert.executors import open_pool
 from trtllm_ct.convert.hf_directory import DeliveredFiles, write_hf_directory
 from trtllm_ct.convert.job import Conversion, Job
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from trtllm_ct.checkpoint.folder import Folder
+    from trtllm_ct.checkpoint.side_files import SideFiles
     from trtllm_ct.convert.shards import DownloadStarted
     from trtllm_ct.pipeline.gpus import GpuRow
     from trtllm_ct.pipeline.open import Checkpoint
@@ -50,6 +53,19 @@ Started = Callable[[Plan], Callable[[int], None]]
 
 The progress callback is called with a number of delivered bytes each time a unit is finished.
 """
+
+
+_BYTES = whole_number("a number of bytes, such as 5 * 10**9", "Write a number: words such as 5GB are for the command.")
+_FUNCTION = Check("a function", callable).or_none()
+_CHECKS: Mapping[str, Check] = {
+    "overwrite": FLAG,
+    "force": FLAG,
+    "sync": FLAG,
+    "max_shard_bytes": _BYTES,
+    "keep": _BYTES.or_none(),
+    "on_start": _FUNCTION,
+    "on_download": _FUNCTION,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +155,7 @@ class ConvertArguments(PlanArguments, total=False):
     overwrite: bool
     force: bool
     sync: bool
-    carry: Collection[str]
+    carry: str | Iterable[str]
     max_shard_bytes: int
     keep: int | None
     workers: int | None
@@ -173,7 +189,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     force: bool = False,
     sync: bool = True,
-    carry: Collection[str] = (),
+    carry: str | Iterable[str] = (),
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     keep: int | None = None,
     executor: str = "threads",
@@ -194,8 +210,8 @@ def convert_checkpoint(
     of `engine`, which has a file for each rank. With `dtype` `float16`, and for `engine`, all plain tensors are cast as
     well, and a value that overflows is an error.
 
-    Side files of known kinds are copied, and those that the patterns of `carry` match (`checkpoint/side_patterns.py`);
-    the report names the others.
+    Side files of known kinds are copied, and those that `carry` matches, one pattern or several
+    (`checkpoint/side_patterns.py`); the report names the others, and its warnings the patterns that match no file.
 
     `executor` runs the work in units: `threads` starts `workers` of them, one for each core by default; `mpi` uses the
     ranks of the MPI job, each of which must make this call, and all but rank 0 get None. The output bytes are the same
@@ -209,26 +225,30 @@ def convert_checkpoint(
     Raises `UsageError` for invalid arguments, before anything is read, the `CheckpointError` of the stage that finds
     faults in the checkpoint, `OutputError` when the file system of `out` fails, and `LimitError` without enough memory.
     """
-    out = Path(out)
+    out = path_of("out", out)
+    place = directory if isinstance(directory, str) else path_of("directory", directory)
     started = time.perf_counter()
     # The collector finds nothing to free: tiles and their plans form no reference cycles.
     with open_pool(executor, workers) as pool, collector_paused():
         if pool is None:
             return None
         # On one rank only: the others would wait forever for one that ends before they have work.
+        given = {"overwrite": overwrite, "force": force, "sync": sync, "max_shard_bytes": max_shard_bytes, "keep": keep}
+        check_arguments(_CHECKS, given | {"on_start": on_start, "on_download": on_download})
         _require_possible(to, max_shard_bytes, keep)
+        patterns = carried_patterns(carry)
         options = PlanOptions.of(to, **asked)
-        if names_folder(directory):
-            check_output_place(Path(directory), out)
+        if names_folder(place):
+            check_output_place(Path(place), out)
         # Open the output before reading the source, so that an output that can't be written fails at once.
         with replacing_directory(out, overwrite=overwrite, force=force, sync=sync) as partial:
-            with source_errors(directory):
-                checkpoint = open_checkpoint(staged_source(directory, partial, executor))
+            with source_errors(place):
+                checkpoint = open_checkpoint(staged_source(place, partial, executor))
                 conversion = _planned(checkpoint, options, max_shard_bytes, partial)
                 conversion.shards = shards_of(conversion, keep, on_download or (lambda _total: _ignore))
             progress = on_start(conversion.plan) if on_start else _ignore
-            files = write_hf_directory(conversion, pool, progress=progress, carry=carry)
-    return _report(out, conversion, files, time.perf_counter() - started)
+            files = write_hf_directory(conversion, pool, progress=progress, carry=patterns)
+    return _report(out, conversion, files, patterns, time.perf_counter() - started)
 
 
 def _planned(checkpoint: Checkpoint, options: PlanOptions, max_shard_bytes: int, files: Folder) -> Conversion:
@@ -237,7 +257,9 @@ def _planned(checkpoint: Checkpoint, options: PlanOptions, max_shard_bytes: int,
     return Conversion(job, checkpoint, checkpoint.plan_for(options, compare_class=True))
 
 
-def _report(out: Path, conversion: Conversion, files: DeliveredFiles, seconds: float) -> ConversionReport:
+def _report(
+    out: Path, conversion: Conversion, files: DeliveredFiles, carry: tuple[str, ...], seconds: float
+) -> ConversionReport:
     """Return the report of a conversion that is complete."""
     source = conversion.checkpoint.source
     return ConversionReport(
@@ -253,8 +275,16 @@ def _report(out: Path, conversion: Conversion, files: DeliveredFiles, seconds: f
         resumed_bytes=files.resumed_bytes,
         downloaded_bytes=conversion.shards.downloaded,
         seconds=seconds,
-        warnings=conversion.plan.warnings + size_warnings(conversion.checkpoint, conversion.plan),
+        warnings=conversion.plan.warnings
+        + size_warnings(conversion.checkpoint, conversion.plan)
+        + _unmatched(carry, files.side_files),
     )
+
+
+def _unmatched(carry: tuple[str, ...], files: SideFiles) -> tuple[str, ...]:
+    """Return a warning for each pattern that no copied file matches; engines' files have no side files at all."""
+    unmatched = (pattern for pattern in carry if not any(matches_any(name, (pattern,)) for name in files.carried))
+    return tuple(f"--carry {pattern}: no file that can be copied has such a name" for pattern in unmatched)
 
 
 def _ignore(nbytes: int) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from trtllm_ct.base.arguments import check_arguments, whole_number
 from trtllm_ct.base.cores import available_cores
 from trtllm_ct.base.errors import Fault, MissingDependencyError, UsageError
 from trtllm_ct.base.packages import PACKAGES
@@ -119,6 +120,7 @@ def require_executor(name: str, workers: int | None) -> None:
     if name == "mpi" and workers is not None:
         remedy = "Leave it out: mpirun -n says how many ranks there are."
         raise UsageError(Fault(where="--workers", expected="none beside mpi", found=str(workers), remedy=remedy))
+    check_arguments({"workers": whole_number("a number of threads").or_none()}, {"workers": workers})
     if workers is not None and not 1 <= workers <= _MAX_WORKERS:
         expected, remedy = f"1 to {_MAX_WORKERS}", "Leave it out for one thread a core."
         raise UsageError(Fault(where="--workers", expected=expected, found=str(workers), remedy=remedy))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import auto
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trtllm_ct.base.arguments import FLAG, check_arguments, whole_number
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import fields_form
 from trtllm_ct.base.str_enum import StrEnum
@@ -64,13 +65,18 @@ class EngineMapping(Protocol):
         """Return the numbers of the layers in the rank's stage."""
 
 
+_SIZE = whole_number("a number of ranks", remedy="Give the size that the engine will run with.")
+_SIZES = {"tensor": _SIZE, "pipeline": _SIZE, "expert": _SIZE, "attention_dp": FLAG}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
     """Sizes of tensor, pipeline and expert parallelism.
 
     The routed experts are divided among `expert` ranks, and each expert is sliced for `tensor // expert` ranks. With
     `attention_dp` every rank of a stage has the whole attention.
-    Raises `UsageError` for sizes below 1 and above `MAX_RANKS`, and for an `expert` that doesn't divide `tensor`.
+    Raises `UsageError` for sizes that are no integers, that are below 1 or above `MAX_RANKS`, and for an `expert` that
+    doesn't divide `tensor`.
     """
 
     tensor: int = 1
@@ -79,8 +85,9 @@ class Parallel:
     attention_dp: bool = False
 
     def __post_init__(self) -> None:
-        sizes = (self.tensor, self.pipeline, self.expert)
-        if all(1 <= size <= MAX_RANKS for size in sizes) and self.tensor % self.expert == 0:
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "expert": self.expert}
+        check_arguments(_SIZES, {**sizes, "attention_dp": self.attention_dp})
+        if all(1 <= size <= MAX_RANKS for size in sizes.values()) and self.tensor % self.expert == 0:
             return
         raise UsageError(
             Fault(

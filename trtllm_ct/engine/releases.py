@@ -8,7 +8,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_ENGINE", "RELEASES", "STOCK_1_0", "STOCK_1_2", "STOCK_1_3", "Release", "release_named"]
+__all__ = [
+    "DEFAULT_ENGINE",
+    "KV_CACHE_WORDS",
+    "RELEASES",
+    "STOCK_1_0",
+    "STOCK_1_2",
+    "STOCK_1_3",
+    "Release",
+    "release_named",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +81,12 @@ RELEASES = (STOCK_1_0, STOCK_1_2, STOCK_1_3)
 DEFAULT_ENGINE = STOCK_1_2.name
 """The name of the newest stable line."""
 
+
+KV_CACHE_WORDS = ("FP8", "NVFP4")
+"""The modes of the KV cache that the `kv_cache_config` of an engine can ask for, whatever the checkpoint says.
+
+Source: TensorRT-LLM `_torch/pyexecutor/model_loader.py` (`_KV_CACHE_MAP`).
+"""
 
 _VERSION = re.compile(r"v?(\d+\.\d+)(?:\.\d+)?(?:\.post\d+)?")
 """A stable version. The code of release candidates differs from one to the next, so these have no name here."""

@@ -13,14 +13,15 @@ import json
 import os
 import struct
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, PayloadError, UsageError
 from trtllm_ct.base.whole_files import write_whole
 from trtllm_ct.checkpoint.catalog import Catalog
 from trtllm_ct.checkpoint.header import read_header
+from trtllm_ct.checkpoint.output_place import check_file_place
 from trtllm_ct.checkpoint.reader import Run
 from trtllm_ct.checkpoint.runs import read_runs
 from trtllm_ct.checkpoint.source import Folder
@@ -30,6 +31,7 @@ from trtllm_ct.layouts.raw_bytes import read_scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from trtllm_ct.checkpoint.header import StoredTensor
 
@@ -76,10 +78,7 @@ def read_calibration(path: str | Path) -> Calibration:
     of its scales: another dtype, several elements, numbers that are not positive or beyond all that inputs have, and
     those of an export in NVFP4, which are the largest magnitude over 6 x 448.
     """
-    expected = "a safetensors file with the scales of inputs"
-    if not isinstance(path, str | os.PathLike):
-        raise UsageError(Fault(where="--calibration", expected=expected, found=repr(path), remedy=_REMEDY))
-    path = Path(path)
+    path = path_of("calibration", path)
     try:
         tensors = read_header(path, path.name).tensors
     except OSError as error:
@@ -105,9 +104,13 @@ def with_own_scales(asked: Requantize, catalog: Catalog) -> Requantize:
     return replace(asked, calibration=replace(asked.calibration, stored=_read_scales(catalog, own)))
 
 
-def check_calibration_place(path: Path) -> None:
-    """Raise `UsageError` if a file can't be written at a path, or is there already: before the model runs."""
+def check_calibration_place(path: Path, source: Path) -> None:
+    """Raise `UsageError` if a file can't be written at a path, or is there already: before the model of `source` runs.
+
+    A new file inside of the source would be one of its weight files.
+    """
     if path.parent.is_dir() and not os.path.lexists(path):
+        check_file_place(path, [source], where=str(path))
         return
     raise UsageError(
         Fault(
@@ -124,7 +127,7 @@ def write_calibration(path: str | Path, scales: Mapping[str, float]) -> None:
 
     Raises `OutputError` if that fails.
     """
-    path = Path(path)
+    path = path_of("path", path)
     header = {
         f"{name}{_SUFFIX}": {"dtype": "F32", "shape": [], "data_offsets": [4 * position, 4 * position + 4]}
         for position, name in enumerate(scales)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.arguments import check_arguments, instance_of
 from trtllm_ct.config.hf_config import portable_config, with_tie
+from trtllm_ct.config.quantization_config import QuantizationConfig
 from trtllm_ct.engine.target import target_named
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.engine_config import engine_config_of_scheme
@@ -17,10 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from trtllm_ct.config.quantization_config import QuantizationConfig
     from trtllm_ct.engine.quant_config import LayerQuantConfig, QuantConfig
 
 __all__ = ["CompressedTensorsConfigLoader", "EngineConfig", "to_quant_config"]
+
+_CHECKS = {
+    "config": instance_of(
+        "a QuantizationConfig", QuantizationConfig, remedy="Read one with CompressedTensorsConfigReader().read(...)."
+    )
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,7 @@ def to_quant_config(config: QuantizationConfig, target: str = "modelopt") -> Qua
     and excludes the modules that `ignore` names. Raises `PlanError` for a directory that can't be delivered, and
     `ConfigError` if a dictionary is not sufficient.
     """
+    check_arguments(_CHECKS, {"config": config})
     if config.directory is not None:
         return open_checkpoint(config.directory).plan(target).quant_config
     return engine_config_of_scheme(config, target_named(target))

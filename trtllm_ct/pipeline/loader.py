@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
@@ -25,6 +25,7 @@ from trtllm_ct.plan.ranks.shard import plan_for_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -102,9 +103,10 @@ class CompressedTensorsWeightLoader:
         The plan is made, its warnings are logged and its faults are raised before this returns. Memory: a few modules
         at a time, see `stream_delivered`.
         """
+        path = path_of("checkpoint_dir", checkpoint_dir)
         _require_choice("layout", layout, ("stored", *_TARGET_OF_LAYOUT))
         if layout == "stored":
-            return _guarded(_stream_stored(Catalog.from_directory(Path(checkpoint_dir))))
+            return _guarded(_stream_stored(Catalog.from_directory(path)))
         codec = self._codec()
         plan, catalog = _planned(checkpoint_dir, mapping, layout)
         delivered = stream_delivered(plan, catalog, codec=codec)
@@ -126,7 +128,7 @@ class CompressedTensorsWeightLoader:
 
 def _planned(checkpoint_dir: str | Path, mapping: object, layout: Layout) -> tuple[Plan, Catalog]:
     """Return the plan of the rank that `mapping` describes, with the catalog; logs the warnings of the plan."""
-    checkpoint = open_checkpoint(checkpoint_dir)
+    checkpoint = open_checkpoint(path_of("checkpoint_dir", checkpoint_dir))
     rank = _rank(mapping, checkpoint.model.layers)
     plan = checkpoint.plan(_TARGET_OF_LAYOUT[layout], parallel=rank.parallel)
     for warning in plan.warnings:

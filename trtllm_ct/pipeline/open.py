@@ -169,4 +169,5 @@ def plan_checkpoint(directory: str | Path, to: str = MODELOPT.name, **asked: Unp
     `directory` may be the name of a repository of the Hub too, such as `ORG/NAME@REVISION`; see `open_source`. `asked`
     are the options of `PlanOptions`. Raises what `open_checkpoint` and `make_plan` raise.
     """
-    return open_checkpoint(open_source(directory)).plan(to, compare_class=True, **asked)
+    options = PlanOptions.of(to, **asked)
+    return open_checkpoint(open_source(directory)).plan_for(options, compare_class=True)

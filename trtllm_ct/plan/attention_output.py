@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.schemes import QuantAlgo
 from trtllm_ct.engine.modes import MODES_BY_ALGO
-from trtllm_ct.engine.releases import release_named
+from trtllm_ct.engine.releases import KV_CACHE_WORDS, release_named
 from trtllm_ct.plan.models.class_row import DEFAULT_ROW
 from trtllm_ct.plan.models.class_rows import CLASS_ROWS
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["has_static_activations", "unscaled_outputs", "unscaled_outputs_of", "warnings_of_directory"]
 
-_QUANTIZED_CACHES = frozenset({"FP8", "NVFP4"})
 _OUTPUT = ".o_proj"
 # What models call their attention; Nemotron-H calls every part of a layer `mixer`, attention included.
 _ATTENTIONS = (".self_attn", ".mixer")
@@ -45,7 +44,7 @@ def unscaled_outputs(
     `algos` has the mode of every module by name, None for a plain one. `kv_cache` is the KV cache's mode in the engine,
     None for a 16-bit cache. `architecture` is the model's class, and `release` that of the engine, None for any other.
     """
-    if kv_cache not in _QUANTIZED_CACHES or CLASS_ROWS.get(architecture, DEFAULT_ROW).gated_output:
+    if kv_cache not in KV_CACHE_WORDS or CLASS_ROWS.get(architecture, DEFAULT_ROW).gated_output:
         return ()
     matched = release is not None and release.matches_attention_output
     used = {algo for algo in algos.values() if algo is not None}

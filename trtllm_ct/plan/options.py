@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from trtllm_ct.base.arguments import FLAG, Check, check_arguments, instance_of, whole_number
 from trtllm_ct.base.dtypes import DENSE_DTYPES, DType
-from trtllm_ct.base.errors import Fault, UsageError
+from trtllm_ct.base.errors import Fault, FaultCollector, UsageError
 from trtllm_ct.base.json_form import fields_form, from_fields
 from trtllm_ct.engine.parallel import ONE_RANK, Parallel
-from trtllm_ct.engine.releases import DEFAULT_ENGINE
+from trtllm_ct.engine.releases import DEFAULT_ENGINE, KV_CACHE_WORDS
 from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.engine.target import MODELOPT, Target, target_named
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self, Unpack
 
-__all__ = ["PlanArguments", "PlanOptions", "dense_dtype"]
+__all__ = ["PARALLEL", "PlanArguments", "PlanOptions", "dense_dtype"]
 
 
 class PlanArguments(TypedDict, total=False):
@@ -34,6 +35,33 @@ class PlanArguments(TypedDict, total=False):
     dense_o_proj: bool
     requantize: str | Iterable[str] | Mapping[str, str] | Requantize | None
     kv_cache: str | None
+
+
+PARALLEL = instance_of(
+    "the sizes as Parallel(tensor=2), of trtllm_ct.engine.parallel", Parallel, remedy="Leave it out for one rank."
+)
+"""What `parallel` has to be, wherever it is an argument."""
+
+_CHECKS: Mapping[str, Check] = {
+    "to": instance_of("the name of a target, such as modelopt", str, remedy="Name a target of trtllm_ct.TARGETS."),
+    "engine": instance_of(
+        "a release as text, such as '1.2.1'", str, remedy=f"Write it in quotes, or leave it out for {DEFAULT_ENGINE}."
+    ),
+    "sm": whole_number("the SM of a GPU as a number, such as 90").or_none(),
+    "untested": FLAG,
+    "additive_zeros": FLAG,
+    "dtype": instance_of("a dtype of trtllm_ct.base.dtypes", DType).or_none(),
+    "strict": FLAG,
+    "parallel": PARALLEL,
+    "dense_o_proj": FLAG,
+    "requantize": instance_of("a Requantize, or with PlanOptions.of words such as experts=nvfp4", Requantize),
+    "kv_cache": Check(
+        f"{' or '.join(KV_CACHE_WORDS)}, or None",
+        lambda mode: mode is None or mode in KV_CACHE_WORDS,
+        "Name the mode that kv_cache_config of the engine will have, or leave it out.",
+    ),
+}
+"""What each option has to be; whether there is such a target, release or SM is what `PlanOptions.target` says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +85,8 @@ class PlanOptions:
             scales of inputs, and these scales.
         kv_cache: Mode of the KV cache that the engine will be told, such as `FP8`; None means the one that the
             checkpoint asks for.
+
+    Raises `UsageError` with all options that are of a wrong type.
     """
 
     to: str = MODELOPT.name
@@ -71,13 +101,17 @@ class PlanOptions:
     requantize: Requantize = NOT_REQUANTIZED
     kv_cache: str | None = None
 
+    def __post_init__(self) -> None:
+        check_arguments(_CHECKS, {name: getattr(self, name) for name in _CHECKS})
+
     @classmethod
     def of(cls, to: str, **asked: Unpack[PlanArguments]) -> Self:
         """Return the options for a target, given as keyword arguments.
 
         `dtype` may be a name, see `dense_dtype`, and `requantize` text such as `experts=nvfp4`, see `Requantize.parse`.
-        Raises `UsageError` for unknown ones.
+        Raises `UsageError` for options that are unknown or of a wrong type.
         """
+        _refuse_unknown(asked)
         parsed = {"dtype": dense_dtype(asked.get("dtype")), "requantize": Requantize.parse(asked.get("requantize"))}
         return cls(to=to, **{**asked, **parsed})  # type: ignore[arg-type]
 
@@ -104,6 +138,21 @@ class PlanOptions:
             dtype=DType.from_torch,
             requantize=Requantize.from_dict,
         )
+
+
+def _refuse_unknown(asked: Iterable[str]) -> None:
+    """Raise `UsageError` for keywords that are no options of planning."""
+    faults = FaultCollector()
+    options = PlanArguments.__annotations__
+    for name in asked:
+        if name not in options:
+            faults.add(
+                where=name,
+                expected=f"an argument of the function, or an option of planning: {', '.join(options)}",
+                found="an unknown keyword",
+                remedy="Correct its name. Parallel sizes are one option: parallel=Parallel(tensor=2, pipeline=1).",
+            )
+    faults.raise_if_any(UsageError)
 
 
 def dense_dtype(dtype: str | DType | None) -> DType | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.arguments import check_arguments, instance_of
 from trtllm_ct.base.collector import collector_paused
 from trtllm_ct.base.errors import FaultCollector, PlanError, keeping_warnings
 from trtllm_ct.base.lost_remedies import say_nothing_is_missing
@@ -35,6 +36,7 @@ from trtllm_ct.plan.models.places import known_prefixes
 from trtllm_ct.plan.models.plain_tensors import plain_tensors
 from trtllm_ct.plan.models.wrapper_names import modules_as_read
 from trtllm_ct.plan.online_transforms import OnlineTransforms
+from trtllm_ct.plan.options import PlanOptions
 from trtllm_ct.plan.other_modules import OtherModules
 from trtllm_ct.plan.plan import ModulePlan, Plan
 from trtllm_ct.plan.probe import NO_PROBE, Probe
@@ -64,7 +66,6 @@ if TYPE_CHECKING:
     from trtllm_ct.plan.engine_files.directory import BuiltModules, EngineDirectory
     from trtllm_ct.plan.models.model_class import Comparison, ModelClass
     from trtllm_ct.plan.models.sites import Model, Site
-    from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.requantize_choice import Choice
     from trtllm_ct.plan.stored import StoredModule
 
@@ -74,6 +75,8 @@ _NOTHING_QUANTIZED = "nothing is quantized in these files, although the configur
 _NO_BLOCK = (
     "nothing is quantized in these files, and config.json has no quantization block: tensors are delivered unchanged"
 )
+
+_OPTIONS = instance_of("PlanOptions", PlanOptions, remedy="Give PlanOptions(), or PlanOptions.of with a target's name.")
 
 
 def make_plan(
@@ -94,6 +97,7 @@ def make_plan(
     that are missing, surplus or of a wrong shape, and schemes that can't be delivered to the target. It has the
     warnings that the plan would have.
     """
+    check_arguments({"options": _OPTIONS}, {"options": options})
     target = options.target()
     refuse_requantization(options.requantize, target)
     faults = FaultCollector()

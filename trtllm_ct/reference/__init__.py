@@ -26,7 +26,7 @@ perplexity.py         measures the perplexity of a text
 calibration.py        measures the scales of inputs on a text
 prompts.py            the tokens of a prompt, with the chat template of its tokenizer
 llm.py                ReferenceLLM, with the interface of TensorRT-LLM's LLM
-requests.py           the parameters and results of ReferenceLLM
+requests.py           the prompts, parameters and results of ReferenceLLM
 sampling.py           chooses the next token
 """
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.errors import FaultCollector, PayloadError, UsageError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
@@ -30,6 +30,7 @@ from trtllm_ct.reference.perplexity import text_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -83,7 +84,7 @@ def measure_scales(
     `PayloadError` for inputs that are not finite, or so large or small that their scale would be refused.
     """
     require_transformers()
-    source = read_directory(Path(directory), dtype=dtype)
+    source = read_directory(path_of("directory", directory), dtype=dtype)
     windows = text_windows(str(directory), text, window=window, max_tokens=max_tokens)
     seen: dict[str, None] = {}
     model: Any = build_model(

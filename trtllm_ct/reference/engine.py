@@ -8,12 +8,12 @@ directory through the `reference` target. This is the only place where this pack
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.errors import Fault, PlanError, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.engine.quant_config import QuantConfig
@@ -25,6 +25,7 @@ from trtllm_ct.reference.names import NameMap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 __all__ = ["build_model", "load_model"]
 
@@ -46,7 +47,7 @@ def load_model(
     """
     require_transformers()
     _require_compute_dtype(dtype)
-    directory = Path(directory)
+    directory = path_of("directory", directory)
     source = read_directory(directory, dtype=dtype)
     model = build_model(
         source.config,

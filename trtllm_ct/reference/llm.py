@@ -18,10 +18,12 @@ from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.reference.directory import model_dtype
 from trtllm_ct.reference.engine import load_model
 from trtllm_ct.reference.generate import end_tokens_of, generate_tokens, load_tokenizer, useful_threads
-from trtllm_ct.reference.requests import CompletionOutput, RequestOutput, SamplingParams
+from trtllm_ct.reference.requests import CompletionOutput, Prompt, RequestOutput, SamplingParams
 from trtllm_ct.reference.sampling import Sampler
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from typing_extensions import Self
 
 __all__ = ["ReferenceLLM"]
@@ -54,19 +56,20 @@ class ReferenceLLM:
 
     def generate(
         self,
-        inputs: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        inputs: str | Sequence[int] | Mapping[str, Any] | Sequence[str | Sequence[int] | Mapping[str, Any]],
         sampling_params: object = None,
         *,
         use_tqdm: bool = True,  # noqa: ARG002 (the engine's keyword; no progress bar here)
     ) -> Any:
-        """Continue one prompt or a list of prompts; a prompt is a string or a sequence of token ids.
+        """Continue one prompt or a list of prompts.
 
+        A prompt is a string, a sequence of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
         Returns a `RequestOutput` for one prompt, a list of them for a list of prompts.
         `sampling_params` applies to all prompts, or is a list with one entry per prompt.
-        Raises `UsageError` for a prompt without tokens, and for stop strings without a tokenizer.
+        Raises `UsageError` for a prompt without tokens or of another form, and for stop strings without a tokenizer.
         """
-        is_single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int))
-        prompts: Sequence[Any] = [inputs] if is_single else inputs
+        is_many = isinstance(inputs, list | tuple) and not (inputs and isinstance(inputs[0], int))
+        prompts = [Prompt.of(form) for form in (inputs if is_many else [inputs])]
         one_per_prompt = isinstance(sampling_params, Sequence)
         entries: Sequence[object] = sampling_params if one_per_prompt else [sampling_params] * len(prompts)  # type: ignore[assignment]
         if len(entries) != len(prompts):
@@ -74,7 +77,7 @@ class ReferenceLLM:
         all_params = [SamplingParams.of(entry) for entry in entries]
         with useful_threads(self._model):
             results = [self._complete(prompt, params) for prompt, params in zip(prompts, all_params, strict=True)]
-        return results[0] if is_single else results
+        return results if is_many else results[0]
 
     def shutdown(self) -> None:
         """Release the model; `generate` can't be called any more."""
@@ -86,13 +89,12 @@ class ReferenceLLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _complete(self, prompt: str | Sequence[int], params: SamplingParams) -> RequestOutput:
+    def _complete(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
         if params.stops and self.tokenizer is None:
             raise _usage_error("SamplingParams.stop", "a tokenizer, which stop strings need", "skip_tokenizer_init")
         prompt_ids = self._prompt_ids(prompt)
         output = self._continue(prompt_ids, params)
-        text = prompt if isinstance(prompt, str) else None
-        return RequestOutput(prompt=text, prompt_token_ids=prompt_ids, outputs=[output])
+        return RequestOutput(prompt=prompt.text, prompt_token_ids=prompt_ids, outputs=[output])
 
     def _continue(self, prompt_ids: list[int], params: SamplingParams) -> CompletionOutput:
         end_tokens = end_tokens_of(self._model)
@@ -116,13 +118,15 @@ class ReferenceLLM:
             index=0, text=text[:end], token_ids=token_ids[:count], finish_reason="stop", stop_reason=stop
         )
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str) and self.tokenizer is None:
-            raise _usage_error("prompt", "token ids, as there is no tokenizer", repr(prompt))
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        ids = prompt.token_ids
+        if ids is None and self.tokenizer is None:
+            raise _usage_error("prompt", "token ids, as there is no tokenizer", repr(prompt.text))
+        ids = self.tokenizer(prompt.text)["input_ids"] if ids is None else ids
         size = self._model.config.vocab_size
-        if not ids or not all(isinstance(token, int) and 0 <= token < size for token in ids):
-            raise _usage_error("prompt", f"text, or token ids below {size}, one or more", repr(prompt))
+        if not ids or not all(0 <= token < size for token in ids):
+            found = repr(prompt.text if prompt.token_ids is None else prompt.token_ids)
+            raise _usage_error("prompt", f"text, or token ids below {size}, one or more", found)
         return list(ids)
 
     def _decode(self, token_ids: list[int]) -> str:

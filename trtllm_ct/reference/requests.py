@@ -1,27 +1,56 @@
-"""The parameters and results of `ReferenceLLM`; this module does not import torch.
+"""The prompts, parameters and results of `ReferenceLLM`; this module does not import torch.
 
 Names and meanings are the same as in TensorRT-LLM's LLM API, so that a program runs on either engine.
-Source: TensorRT-LLM `sampling_params.py` and `executor/result.py`.
+Source: TensorRT-LLM `sampling_params.py`, `inputs/data.py` and `executor/result.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from trtllm_ct.base.errors import FaultCollector, UsageError
+from trtllm_ct.base.errors import Fault, FaultCollector, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from typing import TypeGuard
 
     from typing_extensions import Self
 
-__all__ = ["CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["CompletionOutput", "Prompt", "RequestOutput", "SamplingParams"]
+
+_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids"})
 
 _SEED_COUNT = 2**64
 
+T = TypeVar("T")
 
+
+def _names_checked(kind: type[T]) -> type[T]:
+    """Let a dataclass raise `UsageError` for fields that it lacks, such as those of TensorRT-LLM's own class."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    changed: Any = kind
+    make = changed.__init__
+
+    @wraps(make)
+    def checked(self: T, *unnamed: object, **given: object) -> None:
+        faults = FaultCollector()
+        expected = f"the parameters of the reference engine, by name: {', '.join(names)}"
+        remedy = "Leave it out, or run with TensorRT-LLM, which has more."
+        for name in given.keys() - names:
+            faults.add(where=f"{kind.__name__}.{name}", expected=expected, found=repr(given[name]), remedy=remedy)
+        if unnamed:
+            faults.add(where=kind.__name__, expected=expected, found=repr(unnamed[0]), remedy="Give its name too.")
+        faults.raise_if_any(UsageError)
+        make(self, **given)
+
+    changed.__init__ = checked
+    return kind
+
+
+@_names_checked
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens after a prompt are chosen, and when to stop.
@@ -32,7 +61,7 @@ class SamplingParams:
     keep all); of these, `top_p` keeps the smallest number of most likely tokens whose probabilities add up to at
     least `top_p`. The same `seed` gives the same tokens; None is 0.
     `stop` is one string or several: the text ends before the one that occurs first.
-    Raises `UsageError` that lists every value out of its range.
+    Raises `UsageError` that lists every value out of its range, or every parameter that there is not.
     """
 
     max_tokens: int = 32
@@ -71,7 +100,8 @@ class SamplingParams:
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings as a tuple; empty if there are none."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop: Any = () if self.stop is None else self.stop
+        return (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
 
     @classmethod
     def of(cls, params: object) -> Self:
@@ -126,6 +156,47 @@ def _is_same(left: object, right: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt: its text, its token ids, or both; the ids are what is continued, and follow from the text alone.
+
+    TensorRT-LLM's LLM takes the same forms (`PromptInputs`).
+    """
+
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, form: object) -> Self:
+        """Read a text, a sequence of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+
+        Raises `UsageError` for anything else, also for images and whatever else a prompt may have in TensorRT-LLM.
+        """
+        if isinstance(form, str):
+            return cls(text=form)
+        if _is_token_ids(form):
+            return cls(token_ids=form)
+        if isinstance(form, Mapping) and form.keys() <= _PROMPT_KEYS:
+            text, ids = form.get("prompt"), form.get("prompt_token_ids")
+            if (text, ids) != (None, None) and isinstance(text, str | None) and (ids is None or _is_token_ids(ids)):
+                return cls(text=text, token_ids=ids)
+        raise UsageError(
+            Fault(
+                where="prompt",
+                expected="a text, token ids, or a dictionary with prompt or prompt_token_ids alone",
+                found=repr(form),
+                remedy="Give one of these, or a list of them for several prompts.",
+            )
+        )
+
+
+def _is_token_ids(form: object) -> TypeGuard[Sequence[int]]:
+    """Whether a form of a prompt is a sequence of integers; bytes are none, though Python has them as integers."""
+    if not isinstance(form, Sequence) or isinstance(form, str | bytes | bytearray):
+        return False
+    return all(isinstance(token, int) for token in form)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
     """One continuation of a prompt.
 
@@ -143,7 +214,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A prompt and its continuation. `prompt` is None if token ids were given; `outputs` has one element."""
+    """A prompt and its continuation. `prompt` is None if only token ids were given; `outputs` has one element."""
 
     prompt: str | None
     prompt_token_ids: list[int]

@@ -9,15 +9,16 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.errors import Fault, MissingDependencyError, UsageError
 from trtllm_ct.base.packages import PACKAGES, missing_packages_as_errors
 from trtllm_ct.serve.hub import repository_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from trtllm_ct.reference.requests import SamplingParams
 
@@ -125,8 +126,9 @@ def _reference_llm(
     ignored_note = f"; it ignores {', '.join(ignored)}" if ignored else ""
     note = f"{ignored_note}{_unused_note(conversion)}"
     logger.log(level, "The CPU reference engine runs %s: %s%s", model, reason, note)
+    path = path_of("model", model)
     repository = repository_named(model, arguments.get("revision"))
-    directory = repository.checkpoint() if repository else Path(model)
+    directory = repository.checkpoint() if repository else path
     if is_sidecar(directory):
         sidecar = Sidecar.open(directory)
         directory, options = sidecar.source, sidecar.options

@@ -19,6 +19,7 @@ from trtllm_ct.config.detect import Detection, FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
 from trtllm_ct.convert.sizes import ConvertedDirectory, require_sizes
 from trtllm_ct.engine.parallel import Parallel
+from trtllm_ct.engine.releases import KV_CACHE_WORDS
 from trtllm_ct.pipeline.calibration import asked_requantization
 from trtllm_ct.plan.attention_output import has_static_activations, unscaled_outputs_of
 from trtllm_ct.plan.options import dense_dtype
@@ -309,12 +310,22 @@ def kv_cache_of(arguments: Mapping[str, Any]) -> str | None:
 
     Source: TensorRT-LLM `_torch/pyexecutor/model_loader.py` (`validate_and_set_kv_cache_quant`).
     """
-    return kv_cache_named(_field(arguments.get("kv_cache_config"), "dtype"))
+    return kv_cache_named(_field(arguments.get("kv_cache_config"), "dtype"), "kv_cache_config.dtype")
 
 
-def kv_cache_named(dtype: Any) -> str | None:
-    """Return the engine's mode of a KV cache of this dtype, such as `FP8`; None for `auto`."""
-    return None if dtype is None or dtype == "auto" else str(dtype).upper()
+def kv_cache_named(dtype: object, argument: str) -> str | None:
+    """Return the engine's mode of a KV cache of this dtype, such as `FP8`; None for `auto`.
+
+    Raises `UsageError` for a dtype that no engine takes, naming `argument`.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    mode = str(dtype).upper()
+    if mode not in KV_CACHE_WORDS:
+        words = " or ".join(("auto", *(word.lower() for word in KV_CACHE_WORDS)))
+        remedy = "Leave it out for what the checkpoint asks for."
+        raise UsageError(Fault(where=argument, expected=words, found=repr(dtype), remedy=remedy))
+    return mode
 
 
 def fixed_scale_fault(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trtllm_ct.base.arguments import FLAG, check_arguments, path_of, whole_number
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.config.detect import FormatDetector
 from trtllm_ct.config.quant_methods import COMPRESSED_TENSORS
@@ -23,6 +23,7 @@ from trtllm_ct.serve.sidecar import make_sidecar_and_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from trtllm_ct.plan.options import PlanOptions
     from trtllm_ct.plan.plan import Plan
@@ -31,6 +32,14 @@ __all__ = ["installed_features", "prepare"]
 
 
 logger = logging.getLogger("trtllm_ct")
+
+_SIZE = whole_number("a number of ranks", "Give the size that LLM will get.")
+_CHECKS = {
+    "tensor_parallel_size": _SIZE,
+    "pipeline_parallel_size": _SIZE,
+    "moe_expert_parallel_size": _SIZE.or_none(),
+    "enable_attention_dp": FLAG,
+}
 
 
 @missing_packages_as_errors()
@@ -62,7 +71,16 @@ def prepare(
     checkpoint that can't be served, `SidecarError` when the cache can't be written, and `UsageError` for invalid
     arguments, and for sizes that a converted directory doesn't hold.
     """
-    detection = FormatDetector().detect(model_dir)
+    path = path_of("model_dir", model_dir)
+    kv_cache = kv_cache_named(kv_cache_dtype, "kv_cache_dtype")
+    sizes = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "moe_expert_parallel_size": moe_expert_parallel_size,
+        "enable_attention_dp": enable_attention_dp,
+    }
+    check_arguments(_CHECKS, sizes)
+    detection = FormatDetector().detect(path)
     parallel = Parallel(
         tensor=tensor_parallel_size,
         pipeline=pipeline_parallel_size,
@@ -72,7 +90,7 @@ def prepare(
     if detection.method != COMPRESSED_TENSORS:
         if ConvertedDirectory.open(model_dir) is not None:
             require_sizes(model_dir, parallel, installed_features().platform)
-        return Path(model_dir)
+        return path
     features = installed_features()
     require_class(detection, features)
     options = replace(
@@ -81,7 +99,7 @@ def prepare(
         dtype=dense_dtype(dtype),
         dense_o_proj=dense_o_proj,
         requantize=asked_requantization(requantize, calibration),
-        kv_cache=kv_cache_named(kv_cache_dtype),
+        kv_cache=kv_cache,
         strict=strict,
     )
     directory, plan = make_sidecar_and_plan(model_dir, options, detection=detection)

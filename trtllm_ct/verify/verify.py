@@ -13,10 +13,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.errors import Fault, FaultCollector, UnreadClassError, UsageError, VerificationError
 from trtllm_ct.base.json_form import json_object
 from trtllm_ct.base.packages import missing_packages_as_errors
-from trtllm_ct.engine.requantization import NOT_REQUANTIZED
+from trtllm_ct.engine.requantization import NOT_REQUANTIZED, Requantize
 from trtllm_ct.pipeline.open import open_checkpoint
 from trtllm_ct.plan.probe import NO_PROBE
 from trtllm_ct.plan.producers import ValueWatch
@@ -25,9 +26,8 @@ from trtllm_ct.verify.plain_values import PlainWatch
 from trtllm_ct.verify.source_check import check_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from trtllm_ct.engine.requantization import Requantize
     from trtllm_ct.pipeline.open import Checkpoint
     from trtllm_ct.plan.plan import ModulePlan, Plan
     from trtllm_ct.verify.converted import TensorCheck
@@ -116,7 +116,7 @@ def verify_checkpoint(
     directory: str | Path,
     converted: str | Path | None = None,
     *,
-    requantize: Requantize | None = None,
+    requantize: str | Iterable[str] | Mapping[str, str] | Requantize | None = None,
     on_start: Started | None = None,
 ) -> VerificationReport:
     """Verify a compressed-tensors directory, and a directory converted from it when one is given.
@@ -129,9 +129,9 @@ def verify_checkpoint(
     the largest value in its row. A dequantized or plain weight is good when each element is the exact value rounded
     once to its dtype. A weight that was requantized is good when each code is the nearest one with its scale, and its
     error within the limit of its form (`engine/requantization.py`). The directory itself says which weights were; with
-    `requantize`, a directory that was asked for anything else is a fault, and scales of inputs that the directory got
-    from a calibration must be those of `requantize`, if it has any. `on_start` is told how far the verification is:
-    every stored byte counts once, and once more when it is compared.
+    `requantize`, as in `PlanOptions.of`, a directory that was asked for anything else is a fault, and scales of inputs
+    that the directory got from a calibration must be those of `requantize`, if it has any. `on_start` is told how far
+    the verification is: every stored byte counts once, and once more when it is compared.
     Weights that differ are faults of the report. A directory that can't be read raises the `CheckpointError` of the
     stage that fails. Memory does not grow with the size of a weight: chunks of 512 KiB for each core. Exceptions are
     weights with a transform on their output, of which as many rows as its matrix has are held in float64, and
@@ -140,6 +140,8 @@ def verify_checkpoint(
     from trtllm_ct.verify.converted import compare_converted, refuse_other_requantization
     from trtllm_ct.verify.engine_match import compare_engine_directory
 
+    converted = None if converted is None else path_of("converted", converted)
+    requantize = None if requantize is None else Requantize.parse(requantize)
     if requantize is not None and converted is None:
         raise UsageError(
             Fault(
@@ -163,15 +165,15 @@ def verify_checkpoint(
     zero_scales = check_source(plan, checkpoint.catalog, (watch, plain), faults, progress)
     checks: tuple[TensorCheck, ...] = ()
     if converted is not None and requantize is not None:
-        refuse_other_requantization(Path(converted), requantize, faults)
+        refuse_other_requantization(converted, requantize, faults)
     if converted is not None and not faults.faults:
         compare = compare_engine_directory
-        if not is_engine_directory(Path(converted)):
+        if not is_engine_directory(converted):
             compare = partial(compare_converted, calibration=(requantize or NOT_REQUANTIZED).calibration)
-        checks = compare(checkpoint, Path(converted), faults, _by_elements(progress, plan, stored_bytes))
+        checks = compare(checkpoint, converted, faults, _by_elements(progress, plan, stored_bytes))
     return VerificationReport(
         directory=Path(directory),
-        converted=Path(converted) if converted is not None else None,
+        converted=converted,
         modules=len(plan.modules),
         zero_scales=zero_scales,
         checks=checks,
@@ -191,15 +193,15 @@ def _plan(checkpoint: Checkpoint, target: str) -> Plan:
         return checkpoint.plan("dense", compare_class=True)
 
 
-def _target_of(converted: str | Path | None) -> str:
+def _target_of(converted: Path | None) -> str:
     """Return the target that a directory was converted to; what that target leaves out is not checked.
 
     A directory without quantized modules counts as `dense`: both targets leave out the same then. An engine-build
     checkpoint counts as `reference`, which leaves out nothing that engines read; its own plan depends on its sizes.
     """
-    if converted is not None and is_engine_directory(Path(converted)):
+    if converted is not None and is_engine_directory(converted):
         return "reference"
-    modes = None if converted is None else Path(converted) / "hf_quant_config.json"
+    modes = None if converted is None else converted / "hf_quant_config.json"
     return "modelopt" if modes is None or modes.is_file() else "dense"
 
 

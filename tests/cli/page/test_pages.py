@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from html import unescape as html_text
 from html.parser import HTMLParser
+from shutil import copytree
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from command_line import run_cli
 from hybrid_shape import HybridShape
 
 from trtllm_ct.cli.page.pages import inspection_page
+from trtllm_ct.cli.page.written import PAGE_START
 from trtllm_ct.pipeline.inspection import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
@@ -308,13 +310,62 @@ class TestFile:
         assert "--html" in done.err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
 
+    @pytest.mark.parametrize("command", ["inspect", "convert", "verify", "compare"])
+    @pytest.mark.parametrize("content", ["", "weights", "<!doctype html>\n<html>a page of somebody else</html>"])
+    def test_no_other_file_is_replaced(self, source: Path, tmp_path: Path, command: str, content: str) -> None:
+        """Before anything is done."""
+        file = tmp_path / "report.html"
+        file.write_text(content)
+        arguments = {"convert": [tmp_path / "out"], "compare": [source]}.get(command, [])
+
+        done = run_cli(command, source, *arguments, "--html", file)
+
+        assert (done.code, done.out) == (2, "")
+        assert "an earlier page of trtllm-ct" in done.err_words
+        assert file.read_text() == content
+        assert list(tmp_path.iterdir()) == [file]
+
+    @pytest.mark.parametrize(
+        ("command", "place"),
+        [
+            *[(command, "in/report.html") for command in ("inspect", "convert", "verify", "compare")],
+            *[(command, "out/report.html") for command in ("convert", "verify", "compare")],
+            ("inspect", "link/report.html"),
+            ("convert", "new/../in/sub/report.html"),
+        ],
+    )
+    def test_no_page_is_put_into_a_directory_of_the_command(
+        self, source: Path, tmp_path: Path, command: str, place: str
+    ) -> None:
+        """Not in place of an earlier page either: no command leaves one there."""
+        copytree(source, tmp_path / "in")
+        (tmp_path / "link").symlink_to("in")
+        for folder in ("new", "in/sub", "out"):
+            (tmp_path / folder).mkdir()
+        (tmp_path / place).write_text(PAGE_START)
+        out = [] if command == "inspect" else [tmp_path / "out"]
+
+        done = run_cli(command, tmp_path / "in", *out, "--html", tmp_path / place)
+
+        assert (done.code, done.out) == (2, "")
+        assert "apart from the directories" in done.err_words
+        assert (tmp_path / place).read_text() == PAGE_START
+
+    @pytest.mark.parametrize("out", ["out", "out/put"])
+    def test_no_page_takes_the_place_of_the_output(self, source: Path, tmp_path: Path, out: str) -> None:
+        done = run_cli("convert", source, tmp_path / out, "--html", tmp_path / "out")
+
+        assert (done.code, list(tmp_path.iterdir())) == (2, [])
+
     def test_an_older_page_is_replaced_and_named_on_stderr(self, source: Path, tmp_path: Path) -> None:
         file = tmp_path / "report.html"
-        file.write_text("old")
+        file.write_text(PAGE_START + "old")
 
         done = run_cli("inspect", source, "--html", file)
 
         assert file.read_text().startswith("<!doctype html>")
+        assert "old" not in file.read_text().splitlines()
+        assert run_cli("inspect", source, "--html", file).code == 0
         assert done.err.strip() == f"Report: {file}"
         assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -322,7 +373,7 @@ class TestFile:
         self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         file = tmp_path / "report.html"
-        file.write_text("old")
+        file.write_text(PAGE_START + "old")
 
         def fail(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
@@ -333,5 +384,5 @@ class TestFile:
 
         assert done.code == 1
         assert "No space left on device" in done.err
-        assert file.read_text() == "old"
+        assert file.read_text() == PAGE_START + "old"
         assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_ct.base.version import __version__
 from trtllm_ct.cli.page.markup import text
+from trtllm_ct.cli.page.written import PAGE_START
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ def page_of(title: str, body: str, details: Sequence[object]) -> str:
     # In a script element, only `</` could end it.
     data = json.dumps(details, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
     return Template(_asset("page.html")).substitute(
+        start=PAGE_START,
         title=text(title),
         style=_asset("page.css"),
         script=script,

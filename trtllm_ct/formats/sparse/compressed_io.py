@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from trtllm_ct.base.arguments import path_of
 from trtllm_ct.base.errors import CatalogError, Fault, FaultCollector, UsageError
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.schemes import CompressionFormat
@@ -28,7 +30,7 @@ from trtllm_ct.formats.sparse.pieces import SPARSE_FORMATS, Generation, SparseTe
 from trtllm_ct.layouts.torch_tensors import array_of, is_tensor, tensor_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from os import PathLike
 
     from torch import Tensor, nn
@@ -92,7 +94,7 @@ def save_compressed(
     dtype that safetensors does not have, for names that clash or that `load_compressed` would not give back, and if
     `path` can't be written.
     """
-    path = Path(path)
+    path = path_of("path", path)
     entry = _sparse_format(_one_format(compression_format, format), generation)
     _require_tensors(tensors)
     stored: dict[str, StoredArray] = {}
@@ -116,6 +118,9 @@ def save_compressed(
 
 def save_compressed_model(model: nn.Module, path: str | PathLike[str], compression_format: str | None = None) -> None:
     """Write the state dict of a model with `save_compressed`, which see; a tensor with two names is stored twice."""
+    if not hasattr(model, "state_dict"):
+        remedy = "Give tensors by name to save_compressed."
+        raise _usage_error("model", "a module of torch, with a state dict", type(model).__name__, remedy)
     save_compressed(model.state_dict(), path, compression_format)
 
 
@@ -134,13 +139,17 @@ def load_compressed(
     another format than that of `compression_config`; `PayloadError` during the iteration for pieces whose values
     contradict each other.
     """
-    catalog = _open_catalog(Path(path))
+    catalog = _open_catalog(path_of("path", path))
     reader = TensorReader(catalog)
     specs = {name: tensor.spec for name, tensor in catalog.tensors.items()}
     faults = FaultCollector()
     sparse = find_sparse(specs, _stored_shapes(reader, specs), faults)
     faults.raise_if_any(CatalogError)
     if compression_config is not None:
+        if not hasattr(compression_config, "format"):
+            remedy = "Leave it out: the files show how they are stored."
+            found = repr(compression_config)
+            raise _usage_error("compression_config", "a configuration, such as BitmaskConfig()", found, remedy)
         _require_format(compression_config.format, sparse)
     return _dense_tensors(reader, specs, sparse)
 
@@ -156,6 +165,8 @@ def _one_format(compression_format: str | None, other: str | None) -> str:
 def _require_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise `UsageError` if there are no tensors, or something else among them, as the extra state of a module is."""
     remedy = "Give tensors by name, such as a state dict."
+    if not isinstance(tensors, Mapping):
+        raise _usage_error("tensors", "tensors by name", type(tensors).__name__, remedy)
     if not tensors:
         raise _usage_error("tensors", "at least one tensor", "none", remedy)
     for name, tensor in tensors.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from trtllm_ct.base.arguments import HF_CONFIG, check_arguments
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import ConfigError, FaultCollector
 from trtllm_ct.config.model_values import check_model_values, with_whole_numbers
@@ -95,6 +96,7 @@ class Model:
         Raises `ConfigError` for sizes that are missing, and for values of a wrong type or out of all bounds. A model
         whose row lists no modules needs no sizes.
         """
+        check_arguments({"config": HF_CONFIG}, {"config": config})
         values = FaultCollector()
         check_model_values(config, values)
         values.raise_if_any(ConfigError)
