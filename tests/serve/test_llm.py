@@ -86,7 +86,7 @@ def test_the_log_says_that_stored_weights_are_computed_whatever_a_conversion_wou
         ({"calibration": "/none"}, "a form that reads scales of inputs"),
         ({"requantize": "experts=fp8", "calibration": "/none"}, "a form that reads scales of inputs"),
         ({"requantize": "experts=w4a8-awq", "calibration": "/none"}, "a safetensors file"),
-        ({"requantize": "experts=w4a8-awq", "calibration": 5}, "a safetensors file"),
+        ({"requantize": "experts=w4a8-awq", "calibration": 5}, "calibration: expected a path"),
     ],
 )
 def test_options_of_a_conversion_are_checked_although_they_are_ignored(options: dict[str, Any], expected: str) -> None:

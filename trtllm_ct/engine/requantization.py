@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trtllm_ct.base.arguments import texts_of
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import Fault, UsageError
 from trtllm_ct.base.json_form import fields_form
@@ -175,8 +174,12 @@ class Requantize:
             return texts or NOT_REQUANTIZED
         if isinstance(texts, Mapping):
             texts = [f"{what}={form}" for what, form in texts.items()]
+        words = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
         forms: dict[str, Form] = {}
-        for text in (part.strip() for word in texts_of("requantize", texts) for part in word.split(",")):
+        for word in words:
+            if not isinstance(word, str):
+                raise _other_words(word)
+        for text in (part.strip() for word in words for part in word.split(",")):
             what, _, name = text.partition("=")
             if what not in {"experts", "linears", "all"} or name not in FORMS:
                 raise _other_words(text)

@@ -82,7 +82,7 @@ def read_calibration(path: str | Path) -> Calibration:
     try:
         tensors = read_header(path, path.name).tensors
     except OSError as error:
-        found = f"{error.strerror or error}".lower()
+        expected, found = "a safetensors file with the scales of inputs", f"{error.strerror or error}".lower()
         raise UsageError(Fault(where=str(path), expected=expected, found=found, remedy=_REMEDY)) from None
     if not any(name.endswith(_SUFFIX) for name in tensors):
         expected = f"tensors called MODULE.{INPUT_SCALE}"
