@@ -181,6 +181,14 @@ class TestDocuments:
         plan = json.loads(json.dumps(plan_checkpoint(source, "reference").to_dict()))
         assert done.document == {"schema": SCHEMA, "kind": "plan", "alternative": "", **plan}
 
+    def test_a_filter_that_matches_nothing_says_so(self, source: Path):
+        done = run_cli("plan", source, "--filter", "nomatch")
+
+        assert done.code == 0
+        assert "--filter matches no name" in done.out
+        assert "stored tensor" not in done.out
+        assert "--filter" not in run_cli("plan", source, "--filter", "q_proj").out
+
     def test_a_filter_keeps_the_entries_with_such_names(self, source: Path):
         whole = run_cli("plan", source, "--json").document
         some = run_cli("plan", source, "--json", "--filter", r"layers\.0\..*q_proj").document

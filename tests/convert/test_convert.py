@@ -152,6 +152,21 @@ class TestOutput:
         named = [warning for warning in report.warnings if warning.startswith("--carry")]
         assert [warning.split(":")[0] for warning in named] == ["--carry asets/*", "--carry model.safetensors"]
 
+    def test_force_without_overwrite_is_refused(self, built: Built, tmp_path: Path):
+        """It would replace nothing."""
+        with pytest.raises(UsageError, match="--force: expected --overwrite beside it"):
+            convert_checkpoint(built.directory, tmp_path / "out", force=True)
+
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("keep", [None, 10**9])
+    def test_room_for_downloads_of_a_directory_is_said_to_have_no_effect(
+        self, built: Built, tmp_path: Path, keep: int | None
+    ):
+        report = convert_checkpoint(built.directory, tmp_path / "out", keep=keep)
+
+        assert any(warning.startswith("--keep") for warning in report.warnings) is (keep is not None)
+
     @pytest.mark.parametrize("to", ["modelopt", "dense"])
     def test_a_tokenizer_of_transformers_5_is_readable_by_transformers_4(self, tmp_path: Path, to: str):
         source = write_checkpoint(tmp_path / "source", tokenizer=True).directory

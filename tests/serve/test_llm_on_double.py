@@ -452,6 +452,24 @@ def test_nothing_happens_if_only_a_part_of_attention_takes_quantized_values(
     assert not warned(caplog)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("tensor_parallel_size", {"tensor_parallel_size": "two"}),
+        ("pipeline_parallel_size", {"pipeline_parallel_size": [2]}),
+        ("moe_expert_parallel_size", {"moe_expert_parallel_size": "all"}),
+        ("kv_cache_config.dtype", {"kv_cache_config": {"dtype": "int3"}}),
+        ("requantize", {"requantize": 3}),
+        ("calibration", {"requantize": "all=w4a8-awq", "calibration": 3}),
+        ("strict", {"strict": "no"}),
+        ("dense_o_proj", {"dense_o_proj": "yes"}),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(newest: Any, row_wise: Any, name: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{name}: expected"):
+        served(row_wise(kv=False), **arguments)
+
+
 @pytest.mark.parametrize("dtype", ["fp8", "nvfp4"])
 def test_the_cache_that_the_user_asks_for_counts(newest: Any, row_wise: Any, dtype: str) -> None:
     cache = import_module("tensorrt_llm.llmapi").KvCacheConfig(dtype=dtype)

@@ -88,7 +88,8 @@ def plan(
     """Format a plan: verdict and costs, stored tensors with their fates, then delivered tensors with their operations.
 
     `alternative` says what would avoid the largest cost. Tensors that differ only in numbers share a row, except with
-    `unfold`. With `matches`, only tensors are shown for whose name it returns something true.
+    `unfold`. With `matches`, only tensors are shown for whose name it returns something true, and a line
+    in place of the tables if there is none.
     """
     shown = matches or bool
     stored = fitted_table("stored tensor", "dtype and shape", "fate", "delivered as, or reason", title="Stored")
@@ -107,6 +108,8 @@ def plan(
     )
     sentence = line(verdict(checkpoint_plan, checkpoint_plan.problems), style="bold")
     first = (sentence, *_costs(checkpoint_plan, alternative))
+    if not stored.row_count and not delivered.row_count:
+        return Group(*first, line("--filter matches no name of a tensor; without it, all are shown."), *about)
     return Group(*first, stored, delivered, *about)
 
 

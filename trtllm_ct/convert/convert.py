@@ -236,6 +236,7 @@ def convert_checkpoint(
         given = {"overwrite": overwrite, "force": force, "sync": sync, "max_shard_bytes": max_shard_bytes, "keep": keep}
         check_arguments(_CHECKS, given | {"on_start": on_start, "on_download": on_download})
         _require_possible(to, max_shard_bytes, keep)
+        _refuse_force_alone(overwrite=overwrite, force=force)
         patterns = carried_patterns(carry)
         options = PlanOptions.of(to, **asked)
         if names_folder(place):
@@ -248,7 +249,8 @@ def convert_checkpoint(
                 conversion.shards = shards_of(conversion, keep, on_download or (lambda _total: _ignore))
             progress = on_start(conversion.plan) if on_start else _ignore
             files = write_hf_directory(conversion, pool, progress=progress, carry=patterns)
-    return _report(out, conversion, files, patterns, time.perf_counter() - started)
+    unused = _unmatched(patterns, files.side_files) + _unused_room(conversion, keep)
+    return _report(out, conversion, files, unused, time.perf_counter() - started)
 
 
 def _planned(checkpoint: Checkpoint, options: PlanOptions, max_shard_bytes: int, files: Folder) -> Conversion:
@@ -258,7 +260,7 @@ def _planned(checkpoint: Checkpoint, options: PlanOptions, max_shard_bytes: int,
 
 
 def _report(
-    out: Path, conversion: Conversion, files: DeliveredFiles, carry: tuple[str, ...], seconds: float
+    out: Path, conversion: Conversion, files: DeliveredFiles, unused: tuple[str, ...], seconds: float
 ) -> ConversionReport:
     """Return the report of a conversion that is complete."""
     source = conversion.checkpoint.source
@@ -275,9 +277,7 @@ def _report(
         resumed_bytes=files.resumed_bytes,
         downloaded_bytes=conversion.shards.downloaded,
         seconds=seconds,
-        warnings=conversion.plan.warnings
-        + size_warnings(conversion.checkpoint, conversion.plan)
-        + _unmatched(carry, files.side_files),
+        warnings=conversion.plan.warnings + size_warnings(conversion.checkpoint, conversion.plan) + unused,
     )
 
 
@@ -287,8 +287,22 @@ def _unmatched(carry: tuple[str, ...], files: SideFiles) -> tuple[str, ...]:
     return tuple(f"--carry {pattern}: no file that can be copied has such a name" for pattern in unmatched)
 
 
+def _unused_room(conversion: Conversion, keep: int | None) -> tuple[str, ...]:
+    """Return a warning about room for downloads where nothing is downloaded."""
+    if keep is None or conversion.checkpoint.source.folder is None:
+        return ()
+    return ("--keep: it has no effect, as nothing of a directory is downloaded",)
+
+
 def _ignore(nbytes: int) -> None:
     """Ignore progress; used when the caller passes no `on_start`."""
+
+
+def _refuse_force_alone(*, overwrite: bool, force: bool) -> None:
+    """Raise `UsageError` for `force` without `overwrite`, which alone replaces nothing."""
+    if force and not overwrite:
+        expected, remedy = "--overwrite beside it", "Give both to replace any model directory, or leave it out."
+        raise UsageError(Fault(where="--force", expected=expected, found="--force alone", remedy=remedy))
 
 
 def _require_possible(to: str, max_shard_bytes: int, keep: int | None) -> None:

@@ -127,7 +127,7 @@ def parallel_of(arguments: Mapping[str, Any]) -> Parallel:
     If one of `moe_expert_parallel_size` and `moe_tensor_parallel_size` is missing, it follows from the other.
     Raises `UsageError` for sizes that don't fit together.
     """
-    tensor, pipeline = (int(arguments.get(f"{name}_parallel_size") or 1) for name in ("tensor", "pipeline"))
+    tensor, pipeline = (_whole(arguments, f"{name}_parallel_size") or 1 for name in ("tensor", "pipeline"))
     expert = _size(arguments, "moe_expert_parallel_size")
     expert_tensor = _size(arguments, "moe_tensor_parallel_size")
     if expert is None:
@@ -147,8 +147,22 @@ def parallel_of(arguments: Mapping[str, Any]) -> Parallel:
 
 def _size(arguments: Mapping[str, Any], name: str) -> int | None:
     """Return a size as an integer; None if it is unset. The engine treats None and -1 as unset."""
+    size = _whole(arguments, name)
+    return size if size is not None and size > 0 else None
+
+
+def _whole(arguments: Mapping[str, Any], name: str) -> int | None:
+    """Return a size as an integer, which the engine also takes as text; None if it is left out.
+
+    Raises `UsageError` for anything else.
+    """
     value = arguments.get(name)
-    return int(value) if value is not None and int(value) > 0 else None
+    try:
+        return None if value is None else int(value)
+    except (TypeError, ValueError):
+        remedy = "Give the size as a number, or leave it out."
+        fault = Fault(where=name, expected="a number of ranks", found=repr(value), remedy=remedy)
+        raise UsageError(fault) from None
 
 
 def refuse_sizes(directory: Path, arguments: Mapping[str, Any], features: EngineFeatures) -> None:
