@@ -169,7 +169,10 @@ AskedSm = Annotated[
 ]
 PipelineParallel = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
 ExpertParallel = Annotated[int, typer.Option("--ep", help="Expert-parallel size, a part of the tensor-parallel one.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of dequantizing a module.")]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Fail instead of dequantizing a module, unless --to dense asks for just that."),
+]
 DenseDtypeOption = Annotated[
     DenseDtype,
     typer.Option(
