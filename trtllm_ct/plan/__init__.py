@@ -42,6 +42,7 @@ engine_config.py      the plan as the engine's QuantConfig
 engine_names.py       the names under which the engine looks a module up in its configuration
 engine_class.py       whether the engine has the class of the model
 gpu_warnings.py       warns of what an engine computes wrongly on some GPUs
+served_gpus.py  on which GPUs a release has all modes of a plan
 producers.py          writers that are known to store wrong numbers
 engine_files/         engine-build checkpoints: a file for each rank, in the names of the TensorRT backend
 models/               which modules a model has

@@ -215,7 +215,8 @@ class _Planner:
         if catalog.complete:
             say_nothing_is_missing(self.faults)
         self.faults.raise_if_any(PlanError, warnings)
-        gpus = served_gpus(modules, capabilities.release)
+        modes = {(module.layer.quant_algo, module.experts is not None) for module in modules if module.layer}
+        gpus = served_gpus(modes, capabilities.release)
         plan = Plan(
             target=self.target.name,
             architecture=self.model.name,

@@ -14,11 +14,10 @@ from trtllm_ct.engine.modes import MODES_BY_ALGO
 from trtllm_ct.engine.platform import SMS, Platform, sms_in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
     from trtllm_ct.base.schemes import QuantAlgo
     from trtllm_ct.engine.releases import Release
-    from trtllm_ct.plan.plan import ModulePlan
 
 __all__ = ["ServedGpus", "no_gpu_problems", "served_gpus", "sms_of_modes"]
 
@@ -35,11 +34,10 @@ class ServedGpus(NamedTuple):
         return f"{sms_in_words(self.sms) if self.sms else 'none'}{reasons}"
 
 
-def served_gpus(modules: Iterable[ModulePlan], release: Release | None) -> ServedGpus | None:
-    """Return on which GPUs a release serves modules; None for a target that no release reads."""
+def served_gpus(modes: Collection[tuple[QuantAlgo, bool]], release: Release | None) -> ServedGpus | None:
+    """Return on which GPUs a release has these modes, of routed experts where True; None without a release."""
     if release is None:
         return None
-    modes = {(module.layer.quant_algo, module.experts is not None) for module in modules if module.layer is not None}
     lacking = []
     for algo, expert in sorted(modes):
         without = [sm for sm in SMS if not _runs(algo, sm, release, expert=expert)]
@@ -48,9 +46,8 @@ def served_gpus(modules: Iterable[ModulePlan], release: Release | None) -> Serve
     return ServedGpus(sms_of_modes(modes, release), tuple(lacking))
 
 
-def sms_of_modes(modes: Iterable[tuple[QuantAlgo, bool]], release: Release) -> tuple[int, ...]:
+def sms_of_modes(modes: Collection[tuple[QuantAlgo, bool]], release: Release) -> tuple[int, ...]:
     """Return the SMs on which a release has a kernel for each of these modes, of routed experts where True."""
-    modes = tuple(modes)
     return tuple(sm for sm in SMS if all(_runs(algo, sm, release, expert=expert) for algo, expert in modes))
 
 
