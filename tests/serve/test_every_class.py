@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("sidecar_cache")
 
 SCHEMES = ("int4-g128", "int8-channel", "fp8-channel-token", "fp8-block", "nvfp4")
-MIXTURES = {"mixed": SCHEMES, "mixed without nvfp4": SCHEMES[:-1]}
+MIXTURES = {"mixed": SCHEMES, "mixed for SM90": SCHEMES[:-1], "mixed for SM100": SCHEMES[2:]}
 """Schemes of layers, one after another. In the oldest release no GPU has all modes of the first one."""
 _EXPERTS = {"moe_intermediate_size": 512, "num_experts": 2}
 _LATENT = {
@@ -262,13 +262,14 @@ def test_each_rank_holds_its_slices(
     stored: Callable[[str, str], Built], tmp_path: Path, name: str, generation: str, scheme: str, tensor: int
 ) -> None:
     """Converted for stock, and loaded by this package."""
-    scheme = "mixed without nvfp4" if (scheme, generation) == ("mixed", "old") else scheme
-    built, out = stored(name, scheme), tmp_path / "out"
-    release = engine_double.RELEASE_OF[generation]
-    convert_checkpoint(built.directory, out, engine=release, parallel=Parallel(tensor=tensor))
-    right = {module: False for module, _, _ in linears(built.config)}
+    split = (scheme, generation) == ("mixed", "old")
+    for mixture in ("mixed for SM90", "mixed for SM100") if split else (scheme,):
+        built, out = stored(name, mixture), tmp_path / mixture
+        release = engine_double.RELEASE_OF[generation]
+        convert_checkpoint(built.directory, out, engine=release, parallel=Parallel(tensor=tensor))
+        right = {module: False for module, _, _ in linears(built.config)}
 
-    with engine_double.installed(generation, importers=[BINDINGS]) as engine:
-        for directory in (out, None):
-            for model in ranks(engine, built, directory, tensor):
-                assert compared(model, built) == right
+        with engine_double.installed(generation, importers=[BINDINGS]) as engine:
+            for directory in (out, None):
+                for model in ranks(engine, built, directory, tensor):
+                    assert compared(model, built) == right
