@@ -28,6 +28,13 @@ GLOBAL = 2.0**-10
 KINDS = ("integers", "normal", "outliers", "constant", "powers of two")
 
 
+@pytest.fixture(autouse=True)
+def no_doubt(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Loops run as the machine code that is kept, not as numba's own functions."""
+    yield
+    assert not caplog.text
+
+
 def values_of(kind: str, shape: tuple[int, int], seed: int = 0) -> NDArray[np.float32]:
     """Values as they are stored: integer codes times scales of groups of 32, and others that are hard."""
     random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""int4 weights become NVFP4 from their codes where their values would give the same, and only there."""
+"""int4 weights are rounded by their codes where their values would give the same, and only there."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from on_tensors import NATIVE, Codes, arrays, encode
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import FaultCollector, PayloadError
 from trtllm_ct.base.schemes import QuantArgs, Strategy, TensorSpec
-from trtllm_ct.engine.requantization import FORMS, NVFP4_GLOBAL_SCALE
+from trtllm_ct.engine.requantization import FORMS
 from trtllm_ct.formats.packed_int import PACKED_INT
 from trtllm_ct.layouts.packing import INT8_PLAIN
-from trtllm_ct.layouts.requantize import to_e2m1_groups
 from trtllm_ct.plan import requantize_ops
 from trtllm_ct.plan.ops import ModuleTensors
 from trtllm_ct.plan.requantize_ops import RoundedCodes, RoundedScale
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 NVFP4 = FORMS["nvfp4"]
@@ -51,18 +52,24 @@ def int4_module(
     return ModuleTensors(arrays(stored), weight, NATIVE.entry)
 
 
+BY_CODES = ("int4_to_e2m1_groups", "int4_to_e2m1_exponents", "int4_to_e4m3_blocks")
+
+
 @pytest.fixture
 def from_codes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the words that were requantized without being dequantized."""
     seen: list[tuple[int, ...]] = []
-    real = requantize_ops.int4_to_e2m1_groups
-
-    def spied(words: np.ndarray, *rest: object) -> object:
-        seen.append(words.shape)
-        return real(words, *rest)
-
-    monkeypatch.setattr(requantize_ops, "int4_to_e2m1_groups", spied)
+    for name in BY_CODES:
+        monkeypatch.setattr(requantize_ops, name, _spied(getattr(requantize_ops, name), seen))
     return seen
+
+
+def _spied(real: Callable[..., object], seen: list[tuple[int, ...]]) -> Callable[..., object]:
+    def spied(words: np.ndarray, *rest: object, **options: object) -> object:
+        seen.append(words.shape)
+        return real(words, *rest, **options)
+
+    return spied
 
 
 def small(count: int) -> Tensor:
@@ -72,32 +79,60 @@ def small(count: int) -> Tensor:
     return scale.bfloat16()
 
 
+ALL = frozenset({"nvfp4", "mxfp4", "fp8-block", "fp8"})
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
 @pytest.mark.parametrize(
     ("module", "direct"),
     [
-        pytest.param({}, True, id="groups of 32"),
-        pytest.param({"group_size": 16}, True, id="groups of 16"),
-        pytest.param({"group_size": None}, True, id="a scale for each row"),
-        pytest.param({"scale": small(1)}, True, id="a small scale"),
-        pytest.param({"scale": small(2)}, False, id="many small scales"),
-        pytest.param({"group_size": 8}, False, id="groups of 8"),
-        pytest.param({"bits": 8}, False, id="8 bits"),
-        pytest.param({"zero_point": 3}, False, id="zero points"),
-        pytest.param({"scale": torch.tensor(0.01)}, False, id="scales in float32"),
-        pytest.param({"scale": torch.tensor(0.01).half()}, False, id="scales in float16"),
-        pytest.param({"scale": torch.tensor(-0.01).bfloat16()}, False, id="negative scales"),
+        pytest.param({}, ALL, id="groups of 32"),
+        pytest.param({"group_size": 16}, ALL - {"mxfp4"}, id="groups of 16"),
+        pytest.param({"group_size": None}, ALL, id="a scale for each row"),
+        pytest.param({"scale": small(1)}, ALL, id="a small scale"),
+        pytest.param({"scale": small(2)}, ALL - {"nvfp4"}, id="many small scales"),
+        pytest.param({"group_size": 8}, frozenset(), id="groups of 8"),
+        pytest.param({"bits": 8}, frozenset(), id="8 bits"),
+        pytest.param({"zero_point": 3}, frozenset(), id="zero points"),
+        pytest.param({"scale": torch.tensor(0.01)}, frozenset(), id="scales in float32"),
+        pytest.param({"scale": torch.tensor(0.01).half()}, frozenset(), id="scales in float16"),
+        pytest.param({"scale": torch.tensor(-0.01).bfloat16()}, frozenset(), id="negative scales"),
     ],
 )
 def test_codes_and_scales_are_those_of_the_values(
-    module: dict[str, object], direct: bool, from_codes: list[tuple[int, ...]]
+    name: str,
+    module: dict[str, object],
+    direct: frozenset[str],
+    from_codes: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tensors = int4_module(**module)
-    pairs, scales = to_e2m1_groups(tensors.dequantize(DType.F32).elements, 16, NVFP4_GLOBAL_SCALE)
+    found = requantize_ops._round("lin.weight", int4_module(**module), FORMS[name])
+    assert from_codes == ([(6, 8)] if name in direct else [])
 
-    assert np.array_equal(CODES.run("lin.weight", tensors).elements, pairs)
+    monkeypatch.setattr(requantize_ops, "_is_rounded_by_codes", lambda *_: False)
+    by_values = requantize_ops._round("lin.weight", int4_module(**module), FORMS[name])
+    for one, other in zip(found, by_values, strict=True):
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", sorted(ALL - {"nvfp4"}))
+def test_very_large_and_very_small_scales_are_dequantized(name: str, from_codes: list[tuple[int, ...]]) -> None:
+    """Squared errors may be beyond the range of float32 there."""
+    for scale in (2.0**41, 2.0**-41):
+        requantize_ops._round("lin.weight", int4_module(torch.tensor(scale).bfloat16()), FORMS[name])
+
+    assert not from_codes
+
+
+def test_codes_and_scales_are_rounded_once_and_delivered_as_they_are(from_codes: list[tuple[int, ...]]) -> None:
+    tensors = int4_module()
+    codes, scales = requantize_ops._round("lin.weight", int4_module(), NVFP4)
+    from_codes.clear()
+
+    assert np.array_equal(CODES.run("lin.weight", tensors).elements, codes)
     assert np.array_equal(SCALES.run("lin.weight_scale", tensors).elements, scales)
-
-    assert from_codes == ([(6, 8)] if direct else [])
+    assert len(from_codes) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ e4m3.py         multiply E4M3 scales by a power of two, and round to E4M3
 scales.py       scales, zero points and dequantization
 rounding.py     round to a narrow float exactly once
 requantize.py   quantize weights again, with the best scales
-requantize_int4.py  the same for int4 weights and NVFP4, without dequantizing them
+requantize_int4.py  the same for int4 weights, without dequantizing them
 folds.py        multiply a transform (a square matrix) into a weight
 rotary_rows.py  convert between the two row orders of query and key weights
 bitmasks.py     bitmasks of sparse matrices: one bit per element says whether its value is stored

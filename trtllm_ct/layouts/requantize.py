@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LARGEST_OF_NVFP4",
+    "block_peaks",
+    "mxfp4_scales",
+    "mxfp4_upper_exponents",
     "nvfp4_candidates",
     "nvfp4_scales",
     "to_e2m1_exponents",
@@ -50,8 +53,11 @@ _MIN_VALUES = 1 << 16
 """Loops run from this number of values on: loading machine code takes longer for fewer."""
 
 _NUMBERS = (448, 416, 384, 352, 320, 288, 256, 240)
-_BETWEEN = tuple(448 * 2 ** (-step / 64) for step in range(1, 64))
-"""What the largest magnitude of a block of E4M3 may become: numbers of E4M3, and 63 steps of one percent."""
+_BETWEEN = tuple(448 * 2 ** (-step / 64) for step in range(1, 65))
+"""What the largest magnitude of a block of E4M3 may become: numbers of E4M3, and steps of one percent.
+
+The last step is 448 again, a factor of two below; with it, candidates fill whole SIMD registers.
+"""
 
 _BELOW, _ABOVE = 3, 7
 """How many numbers of E4M3 are tried as scales, below and above the nearest to a sixth of the largest magnitude."""
@@ -142,12 +148,19 @@ def to_e2m1_exponents(values_OI: Floats, group_size: int = 32) -> tuple[Bytes, B
     if values_OI.size >= _MIN_VALUES:
         return _exponents_by_loop(values_OI, group_size)
     values = values_OI.reshape(values_OI.shape[0], -1, group_size)
-    sixth = np.maximum(np.abs(values).max(-1) / np.float32(6), np.float32(_LEAST_SCALE))
-    mantissa, exponent = np.frexp(sixth)
-    upper = exponent + 127 - (mantissa == 0.5)
-    whole, halved = (squared_errors(values, _powers_of_two(upper - less)) for less in (0, 1))
+    upper = mxfp4_upper_exponents(np.abs(values).max(-1))
+    whole, halved = (squared_errors(values, mxfp4_scales(upper - less)) for less in (0, 1))
     best = np.where(halved < whole, upper - 1, upper)
-    return pairs_of_codes(values, _powers_of_two(best)), best.astype(np.uint8)
+    return pairs_of_codes(values, mxfp4_scales(best)), best.astype(np.uint8)
+
+
+def mxfp4_upper_exponents(largest: Floats) -> NDArray[np.int64]:
+    """Return the larger of both exponents to try for groups with these largest magnitudes."""
+    import numpy as np
+
+    mantissa, exponent = np.frexp(np.maximum(largest / np.float32(6), np.float32(_LEAST_SCALE)))
+    upper: NDArray[np.int64] = exponent.astype(np.int64) + 127 - (mantissa == 0.5)
+    return upper
 
 
 def _power_for_block(values: Floats) -> np.float32:
@@ -169,7 +182,7 @@ def _scale_of_block(values: Floats) -> np.float32:
     """
     import numpy as np
 
-    peaks = np.array((*_NUMBERS, *_BETWEEN), np.float32)
+    peaks, _ = block_peaks(powers_of_two=False)
     scales = np.maximum(np.abs(values).max() / peaks, np.float32(_LEAST_SCALE))
     squares = _squares_by_mantissa(values)
     errors = _estimated_errors(squares, scales)
@@ -203,8 +216,9 @@ def _estimated_errors(squares: Floats, scales: Floats) -> Floats:
     numbers = middles[:, None] * (np.float32(1) / mantissas)
     significand, exponent = np.frexp(numbers)
     nearest = np.ldexp(np.rint(significand * 16), exponent - 4).astype(np.float32)
-    errors = np.square(np.float32(1) - nearest / numbers) * squares[:, None]
-    estimated: Floats = np.add.accumulate(errors, axis=0)[-1]
+    weights = squares / np.square(middles)
+    errors = np.square(numbers - nearest) * weights[:, None]
+    estimated: Floats = np.add.accumulate(errors, axis=0)[-1] * np.square(mantissas)
     return estimated
 
 
@@ -237,11 +251,18 @@ def _e4m3_codes(numbers: Floats) -> Bytes:
     return nearest(np.abs(numbers), _e4m3_numbers()) | sign
 
 
-def _powers_of_two(exponent: NDArray[np.int64]) -> Floats:
+def mxfp4_scales(exponent: NDArray[np.int64]) -> Floats:
     """Return 2^(exponent - 127) as float32."""
     import numpy as np
 
     return np.ldexp(np.float32(1), exponent - 127).astype(np.float32)
+
+
+def block_peaks(*, powers_of_two: bool) -> tuple[Floats, int]:
+    """Return what the largest magnitude of a block of E4M3 may become, and how many of them are numbers of E4M3."""
+    import numpy as np
+
+    return np.array(_NUMBERS[:1] if powers_of_two else (*_NUMBERS, *_BETWEEN), np.float32), len(_NUMBERS)
 
 
 def _blocks_by_loop(values_OI: Floats, columns: int, codes_OI: Bytes, scale_G: Floats, *, powers_of_two: bool) -> None:
@@ -250,11 +271,11 @@ def _blocks_by_loop(values_OI: Floats, columns: int, codes_OI: Bytes, scale_G: F
 
     from trtllm_ct.layouts.loops import requantize_kernels
 
-    peaks = np.array(_NUMBERS[:1] if powers_of_two else (*_NUMBERS, *_BETWEEN), np.float32)
+    peaks, numbers = block_peaks(powers_of_two=powers_of_two)
     lanes, words, squares = np.empty(columns, np.float32), np.empty(columns, np.uint32), np.empty(512, np.float64)
     candidates = np.empty((3, len(peaks)), np.float32)
     requantize_kernels.e4m3_blocks(
-        values_OI, peaks, powers_of_two, len(_NUMBERS), columns, lanes, words, squares, candidates, codes_OI, scale_G
+        values_OI, peaks, powers_of_two, numbers, columns, lanes, words, squares, candidates, codes_OI, scale_G
     )
 
 

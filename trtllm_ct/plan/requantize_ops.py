@@ -11,7 +11,12 @@ from trtllm_ct.base.schemes import Element
 from trtllm_ct.engine.requantization import NVFP4_GLOBAL_SCALE
 from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.layouts.requantize import LARGEST_OF_NVFP4, to_e2m1_exponents, to_e2m1_groups, to_e4m3_blocks
-from trtllm_ct.layouts.requantize_int4 import INT4_GROUP, int4_to_e2m1_groups
+from trtllm_ct.layouts.requantize_int4 import (
+    WORD,
+    int4_to_e2m1_exponents,
+    int4_to_e2m1_groups,
+    int4_to_e4m3_blocks,
+)
 from trtllm_ct.layouts.stored_array import StoredArray, numpy_dtype, scalar
 from trtllm_ct.plan.ops import Operation
 
@@ -31,11 +36,21 @@ _ROWS_AT_ONCE = 128
 _LEAST_OF_NVFP4 = 6 * 2.0**-9 * NVFP4_GLOBAL_SCALE
 """Where no magnitude reaches this, all groups have the smallest scale, and the limit of the form does not hold."""
 
-_MOST_OF_INT4 = LARGEST_OF_NVFP4 * NVFP4_GLOBAL_SCALE / 8
-"""The largest scale of int4 codes with which no value is beyond NVFP4."""
+_SCALES_OF_INT4 = {
+    DType.F8_E4M3: (_LEAST_OF_NVFP4, LARGEST_OF_NVFP4 * NVFP4_GLOBAL_SCALE / 8),
+    DType.U8: (2.0**-40, 2.0**40),
+    DType.F32: (2.0**-40, 2.0**40),
+}
+"""The smallest and the largest scale of int4 codes that are rounded without being dequantized, by the scales of a form.
 
-_SMALL_OF_INT4 = 2.0**-12
+With larger ones for NVFP4, values may be beyond it.
+"""
+
+_SMALL_OF_NVFP4 = 2.0**-12
 """With smaller scales, many groups have candidates that are no normal numbers of E4M3; they are dequantized."""
+
+_VALUES_OF_BLOCK = 2**14
+"""The most values of a block of E4M3 whose sums of squares are exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +116,8 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
     """Round a weight to codes and scales, some rows at a time where it is dequantized first."""
     import numpy as np
 
-    int4 = _int4_for_nvfp4(module.codes, form) if form.scale_dtype is DType.F8_E4M3 else None
-    if int4 is not None:
-        return int4_to_e2m1_groups(*int4, NVFP4_GLOBAL_SCALE)
+    if _is_rounded_by_codes(module.codes, form):
+        return _codes_to_form(module.codes, form)
     parts = []
     values = module.dequantize(DType.F32).elements
     _refuse_small(name, values, form)
@@ -115,37 +129,55 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
     return codes, scales
 
 
-def _int4_for_nvfp4(codes: Codes, form: Form) -> tuple[NDArray[np.int32], NDArray[np.uint16]] | None:
-    """Return words and scales of an int4 weight that needs no dequantizing to become NVFP4; None for any other weight.
+def _is_rounded_by_codes(codes: Codes, form: Form) -> bool:
+    """Whether a weight is one of int4 codes that need no dequantizing to be rounded to a form.
 
-    None too where a scale is so large, so small or so strange that values may have to be refused, and where so many are
+    It isn't where a scale is so large, so small or so strange that values may have to be refused, and where so many are
     small that it would take longer.
     """
     import numpy as np
 
-    (rows, columns), scale, group_size = codes.shape, codes.scale, form.weights.group_size
+    (rows, columns), scale = codes.shape, codes.scale
     int4 = codes.packing == packed_words(4) and codes.element is Element.INT and codes.zero_point is None
     if not int4 or codes.group_index is not None or scale.dtype is not DType.BF16 or scale.shape[0] != rows:
-        return None
-    if group_size != INT4_GROUP or columns % (INT4_GROUP * scale.shape[1]):
-        return None
-    numbers = scale.numbers
-    if not (numbers.min() >= _LEAST_OF_NVFP4 and numbers.max() <= _MOST_OF_INT4):
-        return None
-    if np.count_nonzero(numbers < _SMALL_OF_INT4) > numbers.size // 8:
-        return None
-    return codes.values.elements[:rows], scale.elements
+        return False
+    if columns % (_unit_of_columns(form) * scale.shape[1]) or np.prod(_block(form, columns)) > _VALUES_OF_BLOCK:
+        return False
+    numbers, (least, most) = scale.numbers, _SCALES_OF_INT4[form.scale_dtype]
+    if not (numbers.min() >= least and numbers.max() <= most):
+        return False
+    small = form.scale_dtype is DType.F8_E4M3 and np.count_nonzero(numbers < _SMALL_OF_NVFP4) > numbers.size // 8
+    return not small
+
+
+def _unit_of_columns(form: Form) -> int:
+    """Return what the columns of a stored scale have to be a multiple of."""
+    return form.weights.group_size or WORD
+
+
+def _block(form: Form, columns: int) -> tuple[int, int]:
+    """Return the rows and the columns that have the same scale, of a weight with so many columns."""
+    return form.weights.block_structure or (1, form.weights.group_size or columns)
+
+
+def _codes_to_form(codes: Codes, form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+    """Round int4 codes to codes and scales."""
+    words, bits = codes.values.elements[: codes.shape[0]], codes.scale.elements
+    if form.scale_dtype is DType.F8_E4M3:
+        return int4_to_e2m1_groups(words, bits, NVFP4_GLOBAL_SCALE)
+    if form.scale_dtype is DType.U8:
+        return int4_to_e2m1_exponents(words, bits)
+    return int4_to_e4m3_blocks(words, bits, _block(form, codes.shape[1]), powers_of_two=form.powers_of_two)
 
 
 def _to_form(values: NDArray[np.float32], form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     """Round rows [n, K] to codes and scales; `n` is at most the height of a block."""
-    args = form.weights
-    if args.group_size is None:
-        block = args.block_structure or (1, values.shape[1])
-        return to_e4m3_blocks(values, block, powers_of_two=form.powers_of_two)
+    block = _block(form, values.shape[1])
+    if form.scale_dtype is DType.F8_E4M3:
+        return to_e2m1_groups(values, block[1], NVFP4_GLOBAL_SCALE)
     if form.scale_dtype is DType.U8:
-        return to_e2m1_exponents(values, args.group_size)
-    return to_e2m1_groups(values, args.group_size, NVFP4_GLOBAL_SCALE)
+        return to_e2m1_exponents(values, block[1])
+    return to_e4m3_blocks(values, block, powers_of_two=form.powers_of_two)
 
 
 def _refuse(name: str, values: NDArray[np.float32], first_row: int, form: Form) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fresh_python import run_python
 
-from trtllm_ct.layouts.loops import kernels, machine_code
+from trtllm_ct.layouts.loops import kernels, machine_code, requantize_int4_kernels, requantize_kernels
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NOWHERE = "/dev/null/no-folder"
+LOOPS = [
+    *(getattr(kernels, name) for name in kernels.__all__[1:]),
+    *(requantize_kernels.e4m3_blocks, requantize_kernels.e2m1_with_e4m3_scales, requantize_kernels.e2m1_with_exponents),
+    requantize_int4_kernels.e4m3_blocks,
+    requantize_int4_kernels.e2m1_with_e4m3_scales,
+    requantize_int4_kernels.e2m1_with_exponents,
+]
 
 PROGRAM = """
     import json, sys
@@ -116,9 +123,9 @@ class TestFiles:
         assert file.read_bytes() == content
         assert object_files(folder) == [file]
 
-    def test_a_change_of_the_source_is_noticed(self, tmp_path: Path) -> None:
-        """Also when only an inner loop changes: the stamp covers the whole source file."""
-        module = tmp_path / "own_loops.py"
+    @pytest.mark.parametrize("changed", ["own_loops", "called_loops", "operations"])
+    def test_a_change_of_the_source_is_noticed(self, tmp_path: Path, changed: str) -> None:
+        """Also when only something changes that a loop calls, in its own file or in another one."""
         program = """
             import sys
             sys.path.insert(0, sys.argv[1])
@@ -129,26 +136,48 @@ class TestFiles:
             own_loops.loop(total)
             print(total[0])
             """
-        source = """
+        sources = {
+            "own_loops": """
+from called_loops import called
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
 
 @kernel([0])
 def loop(total_I):
-    total_I[0] = called()
+    total_I[0] = called() + own()
+
+@inner
+def own():
+    return {}
+""",
+            "called_loops": """
+from operations import product
+from trtllm_ct.layouts.loops.machine_code import inner
+
+_TEN = 10
 
 @inner
 def called():
-    return {}
-"""
+    return product(_TEN, {})
+""",
+            "operations": """
+from llvmlite import ir
+from trtllm_ct.layouts.loops.machine_code import operation
+
+@operation("int64")
+def product(build, one, other):
+    return build.mul(build.mul(one, other), ir.Constant(ir.IntType(64), {}))
+""",
+        }
         outputs = []
-        for answer in (41, 42):
-            module.write_text(source.format(answer))
+        for answer in (2, 3):
+            for name, source in sources.items():
+                (tmp_path / f"{name}.py").write_text(source.replace("{}", str(answer if name == changed else 1)))
             done = run_python(
                 program, tmp_path, PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=NOWHERE, XDG_CACHE_HOME=tmp_path
             )
-            outputs.append(done.stdout.strip())
+            outputs.append(int(done.stdout))
 
-        assert outputs == ["41", "42"]
+        assert outputs == ([12, 13] if changed == "own_loops" else [21, 31])
         assert len(object_files(tmp_path)) == 1
 
 
@@ -279,9 +308,8 @@ class TestDoubt:
         assert self.called(example).tolist() == [1, 3, 5]
         assert kept == []
 
-    @pytest.mark.parametrize("name", kernels.__all__[1:])
-    def test_every_loop_of_this_package_has_an_example(self, name: str) -> None:
-        loop: Any = getattr(kernels, name)
+    @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: f"{loop.__module__.rpartition('.')[2]}.{loop.__name__}")
+    def test_every_loop_of_this_package_has_an_example(self, loop: Any) -> None:
         assert len(loop._example) == loop.__wrapped__.__code__.co_argcount
 
 

@@ -7,8 +7,8 @@ them makes its own pass over the memory. Every loop has an equivalent made of th
 
 The caller allocates all arrays; they are numpy arrays and contiguous along the last axis. A field is the bit pattern of
 one code as it is stored. numba widens the result of integer arithmetic to 64 bits, so narrow types are spelled out
-wherever SIMD lanes should stay narrow. Loops that call each other must be in the same file, because only a change of
-this file (or of `machine_code.py`) triggers a new compilation.
+wherever SIMD lanes should stay narrow. A change of this file, or of any that its loops call something of, triggers a
+new compilation.
 Axis letters: `O` out (rows, N), `I` in (columns, K), `B` bytes, `G` groups, `W` words, `H` half-words or lanes.
 """
 

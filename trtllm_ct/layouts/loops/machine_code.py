@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import inspect
 import logging
 import re
 import threading
@@ -36,7 +37,7 @@ from trtllm_ct.layouts.loops.code_cache import read_cached, stamp_of, write_cach
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["inner", "kernel"]
+__all__ = ["inner", "kernel", "operation"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,9 +72,23 @@ A number has 0 axes, and a tuple of n numbers has -n axes.
 
 
 def inner(loop: Callable[P, R]) -> Callable[P, R]:
-    """Mark a loop that only other loops of the same file call."""
+    """Mark a loop that only other loops call."""
     loop.is_inner = True  # type: ignore[attr-defined]
     return loop
+
+
+def operation(result: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Mark a function that writes LLVM's instructions for a call of it in a loop; `lanes.py` has them.
+
+    `result` is the name of the numba type that it returns. The function takes llvmlite's builder and the arguments of
+    the call: the value of a number, and the address of an array's first element.
+    """
+
+    def decorate(emit: Callable[..., Any]) -> Callable[..., Any]:
+        emit.operation_result = result  # type: ignore[attr-defined]
+        return emit
+
+    return decorate
 
 
 def kernel(*example: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -157,7 +172,7 @@ def _load(
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    name, stamp = _file_name(loop, argument_types), stamp_of(loop.__code__.co_filename, *_SOURCES)
+    name, stamp = _file_name(loop, argument_types), stamp_of(*sorted(_sources(loop)), *_SOURCES)
     code = read_cached(name, stamp)
     if code is not None:
         return _linked(code, argument_types)
@@ -171,6 +186,24 @@ def _load(
         return cast("Callable[..., None]", dispatcher)
     write_cached(name, stamp, code)
     return loaded
+
+
+def _sources(function: Callable[..., Any]) -> set[str]:
+    """Return the files with the source code of a loop, and of all that it may call."""
+    files = {function.__code__.co_filename}
+    for value in _globals(function).values():
+        if _is_called(value) and value.__code__.co_filename not in files:
+            files |= _sources(value)
+    return files
+
+
+def _globals(function: Callable[..., Any]) -> dict[str, Any]:
+    return cast("FunctionType", function).__globals__
+
+
+def _is_called(value: Any) -> bool:
+    """Whether loops may call this: an inner loop, or an operation."""
+    return hasattr(value, "is_inner") or hasattr(value, "operation_result")
 
 
 def _linked(code: bytes, argument_types: tuple[ArgumentType, ...]) -> _Loaded:
@@ -229,16 +262,50 @@ def _compile(loop: Callable[..., None], argument_types: tuple[ArgumentType, ...]
     """Return numba's own function of the loop, compiled for these argument types."""
     from numba import njit, types
 
-    # Copy the functions into a new namespace, in which the inner loops are compiled functions: a compiled loop can only
-    # call those.
-    function = cast("FunctionType", loop)
-    namespace = dict(function.__globals__)
-    for name, value in function.__globals__.items():
-        if getattr(value, "is_inner", False):
-            namespace[name] = njit(**_OPTIONS)(FunctionType(value.__code__, namespace, name))
-    dispatcher = njit(**_OPTIONS)(FunctionType(function.__code__, namespace, function.__name__))
+    dispatcher = njit(**_OPTIONS)(_with_compiled_globals(loop, {}))
     dispatcher.compile(types.void(*map(_numba_type, argument_types)))
     return dispatcher
+
+
+def _with_compiled_globals(function: Callable[..., Any], namespaces: dict[str, dict[str, Any]]) -> FunctionType:
+    """Return a copy of a function in a namespace where inner loops and operations are what a compiled loop can call.
+
+    `namespaces` are those made before, by the file of the function.
+    """
+    from numba import njit
+
+    file = function.__code__.co_filename
+    if file not in namespaces:
+        namespace = namespaces[file] = dict(_globals(function))
+        for name, value in _globals(function).items():
+            if hasattr(value, "operation_result"):
+                namespace[name] = _intrinsic(value)
+            elif _is_called(value):
+                namespace[name] = njit(**_OPTIONS)(_with_compiled_globals(value, namespaces))
+    return FunctionType(function.__code__, namespaces[file], function.__name__)
+
+
+def _intrinsic(emit: Any) -> Any:
+    """Return numba's intrinsic for an operation."""
+    from numba import types
+    from numba.extending import intrinsic
+
+    result = getattr(types, emit.operation_result)
+
+    def typed(_: Any, *argument_types: Any) -> Any:
+        def generate(context: Any, build: Any, signature: Any, values: Any) -> Any:
+            arguments = [
+                context.make_array(kind)(context, build, value).data if isinstance(kind, types.Array) else value
+                for kind, value in zip(signature.args, values, strict=True)
+            ]
+            written = emit(build, *arguments)
+            return context.get_dummy_value() if result is types.void else written
+
+        return result(*argument_types), generate
+
+    # numba passes arguments as this signature says: not as the tuple that `typed` has.
+    typed.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]
+    return intrinsic(typed)
 
 
 def _object_code(dispatcher: Any, argument_types: tuple[ArgumentType, ...]) -> bytes:

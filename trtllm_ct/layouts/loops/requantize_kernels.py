@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Floats = NDArray[np.float32]
 
-__all__ = ["e2m1_with_e4m3_scales", "e2m1_with_exponents", "e4m3_blocks"]
+__all__ = [
+    "candidate_scales",
+    "e2m1_with_e4m3_scales",
+    "e2m1_with_exponents",
+    "e4m3_blocks",
+    "e4m3_code",
+    "finalists",
+]
 
 u8, u32, f32, f64 = np.uint8, np.uint32, np.float32, np.float64
 
@@ -56,21 +63,30 @@ def e4m3_blocks(
         begin, end = g * width, min((g + 1) * width, columns)
         lanes, words = lanes_L[: end - begin], words_L[: end - begin]
         largest = _largest_of_block(values_OI, begin, words)
-        scales = candidates_3C[0]
-        for c in range(scales.shape[0]):
-            scales[c] = max(f32(largest / peaks[c]), _LEAST_NORMAL)
-            if powers_of_two:
-                scales[c] = _power_above(scales[c])
+        candidate_scales(largest, peaks, powers_of_two, candidates_3C[0])
         _squares_by_mantissa(values_OI, begin, end, squares)
-        scale = _best_scale(values_OI, begin, numbers, squares, candidates_3C, lanes)
+        best, exact = finalists(numbers, squares, candidates_3C)
+        scale = candidates_3C[0, best]
+        if exact != best:
+            of_exact = _e4m3_error(values_OI, begin, candidates_3C[0, exact], lanes)
+            of_best = _e4m3_error(values_OI, begin, scale, lanes)
+            scale = candidates_3C[0, exact] if of_exact <= of_best else scale
         scale_G[g] = scale
         inverse = f32(1) / scale
         for n in range(values_OI.shape[0]):
             values_I, codes_I = values_OI[n][begin:end], codes_OI[n][begin:end]
             for k in range(words.shape[0]):
-                words[k] = _e4m3_code(values_I[k], inverse)
+                words[k] = e4m3_code(values_I[k], inverse)
             for k in range(words.shape[0]):
                 codes_I[k] = u8(words[k])
+
+
+@inner
+def candidate_scales(largest: np.float32, peaks: Floats, powers_of_two: bool, scales_C: Floats) -> None:  # noqa: FBT001
+    """Write the scales with which the largest magnitude of a block becomes each of the peaks."""
+    for c in range(scales_C.shape[0]):
+        scale = max(f32(largest / peaks[c]), _LEAST_NORMAL)
+        scales_C[c] = _power_above(scale) if powers_of_two else scale
 
 
 @inner
@@ -95,39 +111,41 @@ def _squares_by_mantissa(values_OI: Floats, begin: int, end: int, squares: NDArr
 
 
 @inner
-def _best_scale(
-    values_OI: Floats, begin: int, numbers: int, squares: NDArray[np.float64], candidates_3C: Floats, lanes_L: Floats
-) -> np.float32:
-    """Return the scale of a block with the least error.
+def finalists(numbers: int, squares: NDArray[np.float64], candidates_3C: Floats) -> tuple[int, int]:
+    """Return the candidate with the least error of a block, and one that may be exact, or the same again.
 
-    Errors are estimated from the sums of squares. Where one of the first `numbers` scales seems exact, its error and
-    that of the best one are compared on all values.
+    Errors are estimated from the sums of squares. The first `numbers` scales may be exact.
     """
     scales, errors, inverses = candidates_3C[0], candidates_3C[1], candidates_3C[2]
     total = f32(0)
     for c in range(scales.shape[0]):
-        bits = u32(f32(scales[c]).view(np.uint32))
-        inverses[c] = f32(1) / u32(u32(bits & u32(0x7FFFFF)) | u32(0x3F800000)).view(np.float32)
+        inverses[c] = f32(1) / _mantissa(scales[c])
         errors[c] = f32(0)
     for b in range(128):
         middle = f32(f32(1.00390625) + f32(f32(b) * f32(0.0078125)))
         square = f32(squares[b] + squares[b + 128] + squares[b + 256] + squares[b + 384])
         total += square
+        weight = f32(square / f32(middle * middle))
         for c in range(errors.shape[0]):
             number = f32(middle * inverses[c])
             bits = u32(f32(number).view(np.uint32))
             nearest = u32(u32(bits + u32(0x7FFFF)) + u32(u32(bits >> u32(20)) & u32(1)))
-            error = f32(f32(1) - f32(u32(nearest & u32(0xFFF00000)).view(np.float32) / number))
-            errors[c] += f32(square * f32(error * error))
+            error = f32(number - u32(nearest & u32(0xFFF00000)).view(np.float32))
+            errors[c] += f32(weight * f32(error * error))
+    for c in range(scales.shape[0]):
+        mantissa = _mantissa(scales[c])
+        errors[c] = f32(errors[c] * f32(mantissa * mantissa))
     best = exact = 0
     for c in range(errors.shape[0]):
         best = c if errors[c] < errors[best] else best
         exact = c if c < numbers and errors[c] < errors[exact] else exact
-    if best == exact or errors[exact] > f32(_SEEMS_EXACT * total):
-        return f32(scales[best])
-    of_exact = _e4m3_error(values_OI, begin, scales[exact], lanes_L)
-    of_best = _e4m3_error(values_OI, begin, scales[best], lanes_L)
-    return f32(scales[exact] if of_exact <= of_best else scales[best])
+    return best, best if errors[exact] > f32(_SEEMS_EXACT * total) else exact
+
+
+@inner
+def _mantissa(number: np.float32) -> np.float32:
+    """Return the mantissa of a positive number, from 1 to 2."""
+    return u32(u32(f32(number).view(np.uint32) & u32(0x7FFFFF)) | u32(0x3F800000)).view(np.float32)
 
 
 @inner
@@ -182,7 +200,7 @@ def _e4m3_number(code: np.uint32) -> np.float32:
 
 
 @inner
-def _e4m3_code(value: np.float32, inverse: np.float32) -> np.uint32:
+def e4m3_code(value: np.float32, inverse: np.float32) -> np.uint32:
     """Return the bits of the E4M3 number that is nearest to value * inverse, ties to even, at most 448."""
     bits = u32(f32(f32(value) * inverse).view(np.uint32))
     magnitude = u32(bits & u32(0x7FFFFFFF))
@@ -217,7 +235,7 @@ def e2m1_with_e4m3_scales(
         _groups_across(values_OI[n], values_LG)
         _largest_of_groups(values_LG, error_G)
         for g in range(groups):
-            nearest = _e4m3_code(f32(error_G[g] / f32(6)), f32(inverse))
+            nearest = e4m3_code(f32(error_G[g] / f32(6)), f32(inverse))
             first_G[g] = u32(max(u32(nearest), u32(reach[0] + 1)) - u32(reach[0]))
             best_G[g], least_G[g] = first_G[g], _INFINITY
         for c in range(reach[0] + reach[1] + 1):
