@@ -23,6 +23,7 @@ HEAVY = (
     "safetensors",
     "huggingface_hub",
     "fsspec",
+    "pydantic",
 )
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(trtllm_ct.__path__, "trtllm_ct.") if not info.name.endswith("__main__")
@@ -57,16 +58,35 @@ def test_what_reads_headers_only_never_imports_torch(tmp_path: Path, code: str) 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["version"], ["inspect", "DIR"], ["inspect", "DIR", "--modules", "--json"], ["plan", "DIR", "--to", "modelopt"]],
+    [
+        ["--version"],
+        ["version"],
+        ["inspect", "DIR"],
+        ["inspect", "DIR", "--modules", "--json"],
+        ["plan", "DIR", "--to", "modelopt"],
+    ],
     ids=" ".join,
 )
-def test_commands_that_read_headers_only_never_import_torch(tmp_path: Path, arguments: list[str]) -> None:
-    write_checkpoint(tmp_path)
-    argv = ["trtllm-ct", *(str(tmp_path) if argument == "DIR" else argument for argument in arguments)]
-    call = "from trtllm_ct.cli.commands import main\ntry: main()\nexcept SystemExit as stop: assert not stop.code"
-    run = f"sys.argv = {argv!r}\n{call}"
+def test_commands_that_read_headers_only_import_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
+    assert loaded_after_command(tmp_path, arguments) == set()
 
-    assert loaded_after(run) == set()
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["convert", "DIR", "OUT"], ["convert", "DIR", "OUT", "--to", "dense", "--strict"], ["verify", "DIR"]],
+    ids=" ".join,
+)
+def test_commands_that_read_weights_import_nothing_heavy_but_numpy(tmp_path: Path, arguments: list[str]) -> None:
+    assert loaded_after_command(tmp_path, arguments) <= {"numpy"}
+
+
+def loaded_after_command(folder: Path, arguments: list[str]) -> set[str]:
+    """Which of the heavy packages a command imports, with a checkpoint in place of DIR and a new directory for OUT."""
+    names = {"DIR": str(folder / "source"), "OUT": str(folder / "out")}
+    write_checkpoint(folder / "source")
+    argv = ["trtllm-ct", *(names.get(argument, argument) for argument in arguments)]
+    call = "from trtllm_ct.cli.commands import main\ntry: main()\nexcept SystemExit as stop: assert not stop.code"
+    return loaded_after(f"sys.argv = {argv!r}\n{call}")
 
 
 BLOCKED = """

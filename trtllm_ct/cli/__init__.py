@@ -9,6 +9,7 @@ cache_commands.py    the commands of `trtllm-ct cache`
 run.py       runs them: logging, errors, exit codes, JSON output
 progress.py  how far a conversion or a verification is
 options.py   the options that commands share
+plain_values.py  values of arguments that Typer need not convert
 report.py    formats what inspect, plan, convert and verify print
 machine_report.py    formats what doctor and the commands of cache print
 reference_report.py  formats what generate, calibrate and perplexity print

@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+from trtllm_ct.cli.plain_values import TakesPlainValues
 from trtllm_ct.cli.run import run_app, stdout
 
 if TYPE_CHECKING:
@@ -39,7 +40,11 @@ _CACHE_COMMANDS: Mapping[str, str] = {"list": "cache_list", "clear": "cache_clea
 _PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
 
 
-class _Commands(TyperGroup):
+class _Command(TakesPlainValues, TyperCommand):
+    """A command of one function."""
+
+
+class _Commands(TakesPlainValues, TyperGroup):
     """The commands of `trtllm-ct`, imported when they are called: importing all of them takes longer than most run."""
 
     def list_commands(self, context: Any) -> list[str]:
@@ -53,7 +58,7 @@ class _Commands(TyperGroup):
         return _command(name, getattr(import_module(f"trtllm_ct.cli.{_COMMANDS[name]}"), name))
 
 
-class _CacheCommands(TyperGroup):
+class _CacheCommands(TakesPlainValues, TyperGroup):
     """The same for `cache`."""
 
     def list_commands(self, context: Any) -> list[str]:  # noqa: ARG002
@@ -70,7 +75,7 @@ class _CacheCommands(TyperGroup):
 def _command(name: str, function: Any) -> Any:
     """Return the command of a function, as an app of this one command would run it."""
     single = typer.Typer(add_completion=False, **_PLAIN)
-    single.command(name)(function)
+    single.command(name, cls=_Command)(function)
     return typer.main.get_command(single)
 
 
