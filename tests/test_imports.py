@@ -24,6 +24,7 @@ HEAVY = (
     "huggingface_hub",
     "fsspec",
     "pydantic",
+    "rich",
 )
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(trtllm_ct.__path__, "trtllm_ct.") if not info.name.endswith("__main__")
@@ -59,15 +60,24 @@ def test_what_reads_headers_only_never_imports_torch(tmp_path: Path, code: str) 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--version"],
-        ["version"],
         ["inspect", "DIR"],
-        ["inspect", "DIR", "--modules", "--json"],
+        ["inspect", "DIR", "--modules"],
         ["plan", "DIR", "--to", "modelopt"],
     ],
     ids=" ".join,
 )
-def test_commands_that_read_headers_only_import_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
+def test_commands_that_read_headers_only_import_nothing_heavy_but_what_prints(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    assert loaded_after_command(tmp_path, arguments) == {"rich"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["version"], ["inspect", "DIR", "--modules", "--json"], ["plan", "DIR", "--json"]],
+    ids=" ".join,
+)
+def test_what_prints_is_imported_for_tables_only(tmp_path: Path, arguments: list[str]) -> None:
     assert loaded_after_command(tmp_path, arguments) == set()
 
 
@@ -77,7 +87,25 @@ def test_commands_that_read_headers_only_import_nothing_heavy(tmp_path: Path, ar
     ids=" ".join,
 )
 def test_commands_that_read_weights_import_nothing_heavy_but_numpy(tmp_path: Path, arguments: list[str]) -> None:
-    assert loaded_after_command(tmp_path, arguments) <= {"numpy"}
+    assert loaded_after_command(tmp_path, arguments) <= {"numpy", "rich"}
+
+
+def test_a_conversion_writes_its_first_byte_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source")
+    code = f"""
+import os
+def write(*arguments):
+    global at_first
+    at_first = at_first if at_first is not None else sorted(set({HEAVY!r}) & sys.modules.keys())
+    return pwrite(*arguments)
+at_first, pwrite, os.pwrite = None, os.pwrite, write
+sys.argv = ["trtllm-ct", "convert", {str(tmp_path / "source")!r}, {str(tmp_path / "out")!r}, "--json"]
+from trtllm_ct.cli.main import main
+try: main()
+finally: print(at_first, file=sys.stderr)
+"""
+
+    assert run_python(f"import sys\n{code}").stderr.splitlines()[-1] == "[]"
 
 
 def loaded_after_command(folder: Path, arguments: list[str]) -> set[str]:

@@ -17,7 +17,8 @@ lines.py     lines of reports: faults, deviations, warnings, and texts of strang
 page/        reports as one HTML page
 comparison_report.py  formats what compare prints
 tables.py    tables and names that are never cut off
-console.py   the consoles: no control characters of strangers, and streams that are closed
+console.py   the standard streams, which may be closed
+safe_console.py      the console of rich: no control characters of strangers
 interrupts.py  ends a command on Ctrl-C and SIGTERM
 log_format.py  warnings without control characters
 plan_rows.py  the rows of a plan, in which tensors of all layers and experts share a row

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from trtllm_ct.cli.console import writing
 from trtllm_ct.cli.plain_values import TakesPlainValues
-from trtllm_ct.cli.run import run_app, stdout
+from trtllm_ct.cli.run import run_app
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -129,7 +130,8 @@ def version() -> None:
     """Print the version of this package."""
     from trtllm_ct.base.version import __version__
 
-    stdout.print(__version__, highlight=False)
+    with writing():
+        print(__version__)
 
 
 def main() -> None:

@@ -1,22 +1,21 @@
-"""The consoles that commands print to: they show no control characters of strangers, and may be closed."""
+"""The standard streams that commands print to: they may be closed, and rich is imported when one is needed."""
 
 from __future__ import annotations
 
 import os
 import sys
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.segment import Segment
-
 from trtllm_ct.base.errors import Fault, OutputError
-from trtllm_ct.base.texts import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["STDOUT", "SafeConsole", "occupy_standard_descriptors", "open_console", "writing"]
+    from rich.console import Console
+
+__all__ = ["STDOUT", "StandardConsole", "drop_output", "occupy_standard_descriptors", "open_console", "writing"]
 
 _LAST_STANDARD = 2
 STDOUT = "stdout"
@@ -28,40 +27,51 @@ _NO_WIDTH = 10_000
 The variable COLUMNS sets another one.
 """
 
+_TERMINAL_VARIABLES = frozenset({"FORCE_COLOR", "TTY_COMPATIBLE"})
+"""Variables by which rich takes a stream for a terminal that is none."""
 
-class SafeConsole(Console):
-    """A console that escapes control characters, which names in a checkpoint may hold, except line breaks."""
+
+class StandardConsole:
+    """The console of a standard stream; rich, which prints, is imported when the first text is printed.
+
+    So a conversion that nobody watches writes weights before.
+    """
+
+    def __init__(self, *, stderr: bool, width: int | None, closed: bool) -> None:
+        self._stderr, self._width, self._closed = stderr, width, closed
+
+    @cached_property
+    def rich(self) -> Console:
+        """The console of rich."""
+        from trtllm_ct.cli.safe_console import SafeConsole
+
+        if self._closed:
+            return SafeConsole(file=open(os.devnull, "w", encoding="utf-8"), width=self._width)  # noqa: PTH123
+        return SafeConsole(width=self._width, stderr=self._stderr)
 
     def print(self, *arguments: Any, **keywords: Any) -> None:
         """Print to the stream; raises `OutputError` where it can't be written."""
-        with writing():
-            super().print(*arguments, **keywords)
+        self.rich.print(*arguments, **keywords)
 
-    def on_broken_pipe(self) -> None:
-        """Drop the rest of the output; rich would end the process with an error."""
-        _drop_output()
-
-    def render(self, *arguments: Any, **keywords: Any) -> Iterable[Segment]:
-        """Yield the segments of a renderable, without control characters in their text."""
-        for segment in super().render(*arguments, **keywords):
-            if segment.control or segment.text.isprintable() or segment.text == "\n":
-                yield segment
-            else:
-                text = "\n".join(map(printable, segment.text.split("\n")))
-                yield Segment(text, segment.style)
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the stream is a terminal, or the user's variables for rich say so."""
+        stream = sys.stderr if self._stderr else sys.stdout
+        could_be = stream is not None and (stream.isatty() or not _TERMINAL_VARIABLES.isdisjoint(os.environ))
+        return could_be and self.rich.is_terminal
 
 
-def open_console(stream: IO[str] | None, *, stderr: bool = False) -> Console:
+def open_console(stream: IO[str] | None, *, stderr: bool = False) -> StandardConsole:
     """Return the console of a standard stream; what is printed to a stream that is closed is dropped.
 
     A character that the encoding of a stream lacks is printed as an escape.
     """
     if stream is None:  # Python's value for a stream whose descriptor was closed when the process started
-        return SafeConsole(file=open(os.devnull, "w", encoding="utf-8"), width=_NO_WIDTH)  # noqa: PTH123
+        return StandardConsole(stderr=stderr, width=_NO_WIDTH, closed=True)
     with suppress(AttributeError, ValueError):  # a stream that a caller put there has no such method
         stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
     has_width = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    return SafeConsole(width=None if has_width else _NO_WIDTH, stderr=stderr)
+    return StandardConsole(stderr=stderr, width=None if has_width else _NO_WIDTH, closed=False)
 
 
 @contextmanager
@@ -75,16 +85,16 @@ def writing() -> Iterator[None]:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        _drop_output()
+        drop_output()
     except OSError as error:
-        _drop_output()
+        drop_output()
         found = f"{error.strerror or error}".lower()
         remedy = "Send what is printed elsewhere; what the command did stays done."
         fault = Fault(where=STDOUT, expected="a place for what is printed", found=found, remedy=remedy)
         raise OutputError(fault) from None
 
 
-def _drop_output() -> None:
+def drop_output() -> None:
     """Let Python write what is left in its buffer to the null device, where it can end without an error."""
     null = os.open(os.devnull, os.O_WRONLY)
     with suppress(AttributeError, OSError, ValueError):  # a stream that a caller put there has no descriptor

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trtllm_ct.cli import report
 from trtllm_ct.cli.interrupts import going_on_from, nothing_written
 from trtllm_ct.cli.options import (
     DIRECTORY,
@@ -96,6 +95,8 @@ def convert(
     if as_json:
         print_json("convert", conversion.to_dict())
     else:
+        from trtllm_ct.cli import report
+
         stdout.print(report.conversion(conversion))
     if html:
         from trtllm_ct.cli.page.pages import conversion_page
@@ -140,6 +141,8 @@ def verify(
     if as_json:
         print_json("verify", verification.to_dict())
     else:
+        from trtllm_ct.cli import report
+
         stdout.print(report.verification(verification))
     if html:
         from trtllm_ct.cli.page.pages import verification_page

@@ -20,7 +20,7 @@ from trtllm_ct.pipeline.inspection import inspect_checkpoint
 from trtllm_ct.verify.verify import verify_checkpoint
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from trtllm_ct.cli.console import StandardConsole
 
 __all__ = ["run_demo"]
 
@@ -37,7 +37,7 @@ Next, with a checkpoint of your own:
   trtllm-serve OUT                               on a machine with TensorRT-LLM"""
 
 
-def run_demo(console: Console) -> None:
+def run_demo(console: StandardConsole) -> None:
     """Run all steps and print the report of each one; raises the error of a step that fails.
 
     Raises `MissingDependencyError` before the first step if a package is missing that any of them needs.
@@ -67,5 +67,5 @@ def run_demo(console: Console) -> None:
     console.print(_NEXT, markup=False, highlight=False)
 
 
-def _heading(console: Console, text: str) -> None:
+def _heading(console: StandardConsole, text: str) -> None:
     console.print(f"\n[bold cyan]{text}[/bold cyan]", highlight=False)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trtllm_ct.cli import report
 from trtllm_ct.cli.interrupts import going_on_from, nothing_written
 from trtllm_ct.cli.options import (
     TO_MODELOPT,
@@ -55,6 +54,8 @@ def inspect(
     if as_json:
         print_json("inspect", document)
     else:
+        from trtllm_ct.cli import report
+
         stdout.print(report.inspection(inspection, modules=modules))
     if html:
         from trtllm_ct.cli.page.pages import inspection_page
@@ -100,6 +101,8 @@ def plan(
             document[part] = [entry for entry in document[part] if matches(entry["name"])]
         print_json("plan", document)
     else:
+        from trtllm_ct.cli import report
+
         stdout.print(report.plan(checkpoint_plan, alternative=instead, unfold=unfold, matches=matches))
 
 

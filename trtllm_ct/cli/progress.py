@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from trtllm_ct.base.texts import format_bytes
+from trtllm_ct.cli.console import StandardConsole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ class Start(Protocol):
 
 
 @contextmanager
-def shown_progress(console: Console, what: str) -> Iterator[Start]:
+def shown_progress(console: StandardConsole | Console, what: str) -> Iterator[Start]:
     """Yield the function that starts to show how far a work is that `what` names, such as `Converting`."""
     if not console.is_terminal:  # A disabled bar still writes a line break at its end in older releases of rich.
         yield lambda total, what=what: _Lines(console, what, total, time.monotonic()).add
@@ -50,7 +51,7 @@ def shown_progress(console: Console, what: str) -> Iterator[Start]:
         bars.TransferSpeedColumn(),
         bars.TimeRemainingColumn(),
     )
-    with bars.Progress(*columns, console=console) as bar:
+    with bars.Progress(*columns, console=console.rich if isinstance(console, StandardConsole) else console) as bar:
 
         def start(total: int, what: str = what) -> Callable[[int], None]:
             task = bar.add_task(what, total=total)
@@ -63,7 +64,7 @@ def shown_progress(console: Console, what: str) -> Iterator[Start]:
 class _Lines:
     """Prints a line whenever another tenth of all bytes is done."""
 
-    console: Console
+    console: StandardConsole | Console
     what: str
     total: int
     started: float

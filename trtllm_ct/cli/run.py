@@ -16,7 +16,6 @@ from trtllm_ct.base.json_form import json_form
 from trtllm_ct.base.memory_errors import memory_errors
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
-from trtllm_ct.cli import lines
 from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
 from trtllm_ct.cli.interrupts import ending_on_signals
 from trtllm_ct.cli.log_format import PrintableFormatter
@@ -67,6 +66,8 @@ def run_app(commands: typer.Typer) -> None:
             document = {"error": type(error).__name__, "faults": faults, "warnings": list(error.warnings)}
             print_json("error", document)
         else:
+            from trtllm_ct.cli import lines
+
             stderr.print(lines.failure(error))
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
@@ -98,6 +99,8 @@ def conversion_progress() -> Iterator[
 
         def on_start(plan: Plan) -> Callable[[int], None]:
             if plan.problems:
+                from trtllm_ct.cli import lines
+
                 stderr.print(lines.problems(plan.problems))
             return start(plan.delivered_bytes)
 
