@@ -17,7 +17,8 @@ lines.py     lines of reports: faults, deviations, warnings, and texts of strang
 page/        reports as one HTML page
 comparison_report.py  formats what compare prints
 tables.py    tables and names that are never cut off
-console.py   the standard streams, which may be closed
+streams.py   the standard streams, which may be closed or full
+console.py   their consoles, for which rich is imported when something is printed
 safe_console.py      the console of rich: no control characters of strangers
 interrupts.py  ends a command on Ctrl-C and SIGTERM
 log_format.py  warnings without control characters

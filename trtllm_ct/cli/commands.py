@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from trtllm_ct.cli.console import writing
 from trtllm_ct.cli.plain_values import TakesPlainValues
 from trtllm_ct.cli.run import run_app
+from trtllm_ct.cli.streams import writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,25 +1,17 @@
-"""The standard streams that commands print to: they may be closed, and rich is imported when one is needed."""
+"""The consoles of the standard streams, which may be closed: rich is imported when something is printed."""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
-from trtllm_ct.base.errors import Fault, OutputError
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.console import Console
 
-__all__ = ["STDOUT", "StandardConsole", "drop_output", "occupy_standard_descriptors", "open_console", "writing"]
-
-_LAST_STANDARD = 2
-STDOUT = "stdout"
-"""The place of the fault when the output can't be written."""
+__all__ = ["StandardConsole", "open_console"]
 
 _NO_WIDTH = 10_000
 """The width of a pipe or file, which has none: the 80 columns that rich assumes would wrap messages and cut names.
@@ -72,42 +64,3 @@ def open_console(stream: IO[str] | None, *, stderr: bool = False) -> StandardCon
         stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
     has_width = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
     return StandardConsole(stderr=stderr, width=None if has_width else _NO_WIDTH, closed=False)
-
-
-@contextmanager
-def writing() -> Iterator[None]:
-    """Write what is printed inside to the standard streams at once.
-
-    Raises `OutputError` when that fails, as on a full disk. A reader that is gone is no error: it has seen enough.
-    """
-    try:
-        yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        drop_output()
-    except OSError as error:
-        drop_output()
-        found = f"{error.strerror or error}".lower()
-        remedy = "Send what is printed elsewhere; what the command did stays done."
-        fault = Fault(where=STDOUT, expected="a place for what is printed", found=found, remedy=remedy)
-        raise OutputError(fault) from None
-
-
-def drop_output() -> None:
-    """Let Python write what is left in its buffer to the null device, where it can end without an error."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    with suppress(AttributeError, OSError, ValueError):  # a stream that a caller put there has no descriptor
-        os.dup2(null, sys.stdout.fileno())
-    os.close(null)
-
-
-def occupy_standard_descriptors() -> None:
-    """Open the null device under the numbers of standard streams that are closed.
-
-    A file that is opened later would get such a number otherwise, and what a library prints would be written into it.
-    """
-    descriptor = os.open(os.devnull, os.O_RDWR)
-    while descriptor <= _LAST_STANDARD:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-    os.close(descriptor)

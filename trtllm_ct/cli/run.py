@@ -16,11 +16,12 @@ from trtllm_ct.base.json_form import json_form
 from trtllm_ct.base.memory_errors import memory_errors
 from trtllm_ct.base.packages import missing_packages_as_errors
 from trtllm_ct.base.source_errors import source_errors
-from trtllm_ct.cli.console import STDOUT, occupy_standard_descriptors, open_console, writing
+from trtllm_ct.cli.console import open_console
 from trtllm_ct.cli.interrupts import ending_on_signals
 from trtllm_ct.cli.log_format import PrintableFormatter
 from trtllm_ct.cli.page.written import write_page
 from trtllm_ct.cli.progress import shown_progress
+from trtllm_ct.cli.streams import STDOUT, occupy_standard_descriptors, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.segment import Segment
 
 from trtllm_ct.base.texts import printable
-from trtllm_ct.cli.console import drop_output, writing
+from trtllm_ct.cli.streams import drop_output, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
