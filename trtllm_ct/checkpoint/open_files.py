@@ -27,6 +27,8 @@ _MAX_UNUSED = 8
 
 @dataclass(slots=True)
 class _OpenFile:
+    """A file that is open, and how many use it."""
+
     descriptor: int
     users: int = 0
 
