@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 __all__ = ["e2m1_with_e4m3_scales", "e2m1_with_exponents", "e4m3_blocks", "histograms"]
 
-u8, u32, u64, i64, f32, f64 = np.uint8, np.uint32, np.uint64, np.int64, np.float32, np.float64
+u8, u32, u64, i64, f32 = np.uint8, np.uint32, np.uint64, np.int64, np.float32
+
+_KINDS_OF_MANTISSA = u64(9)
+"""The largest magnitudes that a group may have, from 0 to 8."""
 
 
 @cache
@@ -83,7 +86,7 @@ def e2m1_with_e4m3_scales(
     the bits of the first scale that would be tried, and of those that may be the best, squared errors, and the E2M1
     code of each int4 code; the second and the last have eight lanes for each kind. The two kinds at their end are
     groups of zeros, and groups without a result. `above` is the number of scales that would be tried after the first.
-    `count_BM` and `slot_B` are buffers.
+    `count_BM` and `slot_B` are buffers; of a group, the latter has the largest magnitude, then the kind, then the lane.
     The scale of a group is 0 where one that would be tried is no normal number of E4M3; then it has no result.
     """
     for n in range(codes_OB.shape[0]):
@@ -133,7 +136,7 @@ def _slots(
     zeros, none = u64(first_S.shape[0]), u64(first_S.shape[0] + 1)
     for g in range(bits_G.shape[0]):
         bits = u32(bits_G[g])
-        kind = u64(bits & u32(127)) * u64(9)
+        kind = u64(bits & u32(127)) * _KINDS_OF_MANTISSA
         shift = 8 * (i64(bits >> u32(7)) - exponent)
         are_normal = first_S[kind + u64(1)] + shift >= 8 and first_S[kind + u64(8)] + shift + above <= 126
         for b in range(u64(g * words), u64((g + 1) * words)):
@@ -180,7 +183,7 @@ def e2m1_with_exponents(
         codes_B, byte_X, e2m1_B = codes_OB[n], codes_OB[n].view(np.uint8), e2m1_OB[n]
         bits_G, exponent_X = bits_OG[n], exponent_OX[n]
         for g in range(bits_G.shape[0]):
-            kind = u64(bits_G[g] & u32(127)) * u64(9)
+            kind = u64(bits_G[g] & u32(127)) * _KINDS_OF_MANTISSA
             shift = i64(bits_G[g] >> u32(7)) - 127
             for x in range(u64(g * groups), u64((g + 1) * groups)):
                 even, odd = u64(2) * x, u64(2) * x + u64(1)
