@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -109,16 +110,15 @@ def write_checkpoint(
     config = dict(config or tiny_config())
     names = {module: _scheme_of(module, scheme) for module, _, _ in linears(config)}
     config.setdefault("quantization_config", _block(names, scheme, kv=kv))
-    model = _Model(DType.from_torch(config["dtype"]).torch_dtype, scale_dtype, torch.Generator().manual_seed(seed))
-    model.fill(config, names, kv=kv)
+    stored, dense = _model(json.dumps(config), tuple(names.items()), scale_dtype, seed, kv=kv).copies()
     if edit is not None:
-        edit(model.stored)
+        edit(stored)
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", config)
-    _write_shards(directory, _split(model.stored, shards))
+    _write_shards(directory, _split(stored, shards))
     if tokenizer:
         write_tokenizer(directory, int(config["vocab_size"]))
-    return Built(directory=directory, config=config, dense=model.dense, stored=model.stored)
+    return Built(directory=directory, config=config, dense=dense, stored=stored)
 
 
 def rewrite(directory: Path, edit: Edit) -> None:
@@ -164,6 +164,17 @@ def _block(names: Mapping[str, str], scheme: str | Mapping[str, str], *, kv: boo
     return quantization_block(groups, ignore, formats.pop() if len(formats) == 1 else "mixed-precision", kv)
 
 
+@lru_cache(maxsize=32)
+def _model(
+    config: str, names: tuple[tuple[str, str], ...], scale_dtype: torch.dtype | None, seed: int, *, kv: bool
+) -> _Model:
+    """A random model of a config.json. Many tests in a row start from the same one, which takes long to compute."""
+    values = json.loads(config)
+    model = _Model(DType.from_torch(values["dtype"]).torch_dtype, scale_dtype, torch.Generator().manual_seed(seed))
+    model.fill(values, dict(names), kv=kv)
+    return model
+
+
 class _Model:
     """Fills `stored` and `dense` with a random model, tensor by tensor."""
 
@@ -194,6 +205,11 @@ class _Model:
             for layer in range(config["num_hidden_layers"]):
                 for local in ("k_scale", "v_scale"):
                     self.stored[f"model.layers.{layer}.self_attn.{local}"] = self._writer.scales(1, size=0.02)
+
+    def copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`stored` and `dense` for a test, which may change them."""
+        stored, dense = ({name: tensor.clone() for name, tensor in side.items()} for side in (self.stored, self.dense))
+        return stored, dense
 
     def _plain(self, name: str, values: Tensor) -> None:
         self.stored[name] = values.to(self._dtype)
