@@ -1,6 +1,6 @@
 """Time conversions of int4 experts, as they are dequantized and as they are requantized, in turn.
 
-    python -m benchmarks.experts FOLDER [RUNS]
+    python -m benchmarks.experts FOLDER [RUNS] [--zero-points]
 
 The checkpoint has one layer with 24 experts of the size of Kimi K2's, 1.06 * 10^9 weights in groups of 32, and is kept
 in FOLDER for the next time. Each conversion is a process of its own; nothing is synced.
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ PLACES = {
 }
 """The options of each conversion."""
 
+WEIGHTS: Mapping[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
 CONFIG: Mapping[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -52,24 +54,14 @@ CONFIG: Mapping[str, Any] = {
     "num_experts_per_tok": 8,
     "vocab_size": VOCABULARY,
     "tie_word_embeddings": False,
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {
-            "group_0": {
-                "targets": ["re:.*experts.*_proj"],
-                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP},
-            }
-        },
-    },
 }
 
 
-def main(folder: Path, runs: int = 3) -> None:
+def main(folder: Path, runs: int, *, zero_points: bool) -> None:
     """Write the checkpoint unless it is there, run all conversions `runs` times, and print medians."""
-    source, out = folder / "experts", folder / "out"
+    source, out = folder / ("experts-with-zero-points" if zero_points else "experts"), folder / "out"
     if not (source / "config.json").exists():
-        write(source)
+        write(source, zero_points=zero_points)
     seconds: dict[str, list[float]] = {name: [] for name in PLACES}
     for _ in range(runs):
         for name, options in PLACES.items():
@@ -84,7 +76,7 @@ def main(folder: Path, runs: int = 3) -> None:
         print(f"{name}: {median(found):.2f} s, {median(found) / first:.2f} x ({min(found):.2f} to {max(found):.2f} s)")
 
 
-def write(directory: Path) -> None:
+def write(directory: Path, *, zero_points: bool) -> None:
     """Write the checkpoint."""
     directory.mkdir(parents=True)
     specs, shapes = plain(), {}
@@ -99,12 +91,16 @@ def write(directory: Path) -> None:
             specs[f"{module}.weight_packed"] = TensorSpec(DType.I32, (shape[0], shape[1] // 8))
             specs[f"{module}.weight_scale"] = TensorSpec(DType.BF16, (shape[0], shape[1] // GROUP))
             specs[f"{module}.weight_shape"] = TensorSpec(DType.I64, (2,))
+            if zero_points:
+                specs[f"{module}.weight_zero_point"] = TensorSpec(DType.I32, (shape[0] // 8, shape[1] // GROUP))
     with ShardedWriter(directory, specs, max_shard_bytes=5 * 10**9) as writer:
         for name, spec in specs.items():
             stored = StoredArray(np.array(shapes[name], np.int64), DType.I64) if name in shapes else None
             writer.write(name, stored or random_tensor(name, spec, 0))
         writer.finish()
-    (directory / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    group = {"targets": ["re:.*experts.*_proj"], "weights": {**WEIGHTS, "symmetric": not zero_points}}
+    block = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    (directory / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": block}), encoding="utf-8")
 
 
 def plain() -> dict[str, TensorSpec]:
@@ -125,4 +121,8 @@ def plain() -> dict[str, TensorSpec]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    parser = ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("runs", type=int, nargs="?", default=3)
+    parser.add_argument("--zero-points", action="store_true")
+    main(**vars(parser.parse_args()))
