@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "AT_ONCE",
+    "add_e2m1_errors",
     "add_scaled_bytes",
     "dot_with_bytes",
     "e4m3_of_codes",
@@ -30,6 +32,9 @@ __all__ = [
 
 LANES = 8
 """The magnitudes of int4 codes above 0, and the candidates of a group."""
+
+AT_ONCE = 16
+"""The groups, and the values of each, that are rounded by one operation."""
 
 _NEON = ("neon", "llvm.aarch64.neon.tbl1.v16i8")
 _LOOK_UP = {"x86_64": ("ssse3", "llvm.x86.ssse3.pshuf.b.128"), "aarch64": _NEON, "arm64": _NEON}
@@ -56,6 +61,34 @@ def add_scaled_bytes(build: Any, word: Any, factor: Any, sum_M: Any) -> None:
     place = _at(build, sum_M, "double")
     total = build.fadd(build.load(place, align=8), build.fmul(numbers, _spread(build, factor)))
     build.store(total, place, align=8)
+
+
+@operation("void")
+def add_e2m1_errors(build: Any, value_G: Any, groups: Any, scale_G: Any, inverse_G: Any, error_G: Any) -> None:
+    """Add the squared errors of sixteen values to those of sixteen groups, float32 [16], one after the other.
+
+    Values are rounded to the nearest number of E2M1 times the scale of the group, float32 [16], ties to even;
+    `inverse_G` are the inverses of scales. `value_G` is the first value of the groups, float32 [16]; the next one is
+    `groups` elements further.
+    """
+    word = _vector("i32", AT_ONCE)
+    scale, inverse = (build.load(_at(build, each, "float", lanes=AT_ONCE), align=4) for each in (scale_G, inverse_G))
+    place = _at(build, error_G, "float", lanes=AT_ONCE)
+    total = build.load(place, align=4)
+    for row in range(AT_ONCE):
+        start = build.gep(value_G, [build.mul(groups, _number(64, row))])
+        bits = build.bitcast(build.load(_at(build, start, "float", lanes=AT_ONCE), align=4), word)
+        magnitude = build.bitcast(build.and_(bits, _constants("i32", [0x7FFFFFFF] * AT_ONCE)), scale.type)
+        number = build.fmul(magnitude, inverse)
+        # Next to 2^22 times the power of two below a number, float32 has the steps that E2M1 has next to that number.
+        power = _limited(build, ">", build.bitcast(number, word), 0x3F800000)
+        power = build.and_(power, _constants("i32", [0x7F800000] * AT_ONCE))
+        far = build.bitcast(build.add(power, _constants("i32", [22 << 23] * AT_ONCE)), scale.type)
+        rounded = build.bitcast(build.fsub(build.fadd(number, far), far), word)
+        nearest = build.bitcast(_limited(build, "<", rounded, 0x40C00000), scale.type)
+        error = build.fsub(magnitude, build.fmul(nearest, scale))
+        total = build.fadd(total, build.fmul(error, error))
+    build.store(total, place, align=4)
 
 
 @operation("int32")
@@ -106,8 +139,7 @@ def e4m3_of_codes(build: Any, scale: Any, inverse: Any, result_S: Any) -> None:
     odd = build.and_(build.lshr(bits, _constants("i32", [20] * LANES)), _constants("i32", [1] * LANES))
     rebiased = build.add(build.add(bits, odd), _constants("i32", [0x7FFFF - (120 << 23)] * LANES))
     normal = build.lshr(rebiased, _constants("i32", [20] * LANES))
-    largest = _constants("i32", [126] * LANES)
-    normal = build.select(build.icmp_unsigned("<", normal, largest), normal, largest)
+    normal = _limited(build, "<", normal, 126)
     # The last bit of 2^14 is the step of subnormal numbers: the addition rounds.
     step = build.bitcast(build.fadd(magnitude, _constants("float", [2**14] * LANES)), word)
     subnormal = build.sub(step, _constants("i32", [0x46800000] * LANES))
@@ -170,6 +202,12 @@ def _word(build: Any, lanes: Any) -> Any:
 def _at(build: Any, pointer: Any, element: str, first: int = 0, lanes: int = LANES) -> Any:
     """Return the address of a vector that starts at an element of an array."""
     return build.bitcast(build.gep(pointer, [_number(64, first)]), _vector(element, lanes).as_pointer())
+
+
+def _limited(build: Any, order: str, words: Any, limit: int) -> Any:
+    """Return a vector of words, and the limit in place of those that are not below or above it."""
+    limits = _constants("i32", [limit] * words.type.count)
+    return build.select(build.icmp_unsigned(order, words, limits), words, limits)
 
 
 def _spread(build: Any, number: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trtllm_ct.layouts.loops.lanes import AT_ONCE, add_e2m1_errors
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ __all__ = [
     "finalists",
 ]
 
-u8, u32, f32, f64 = np.uint8, np.uint32, np.float32, np.float64
+u8, u32, u64, f32, f64 = np.uint8, np.uint32, np.uint64, np.float32, np.float64
 
 _INFINITY, _LEAST_NORMAL, _SEEMS_EXACT = f32(np.inf), f32(2.0**-100), f32(2e-5)
 _VALUES = [[1.0, -7.0, 0.0, 3.0], [0.3, 0.0, -0.0, 900.0]]
@@ -304,12 +305,14 @@ def _groups_across(values_I: Floats, values_LG: Floats) -> None:
 @inner
 def _largest_of_groups(values_LG: Floats, largest_G: Floats) -> None:
     """Write the largest magnitude of each group."""
-    for g in range(largest_G.shape[0]):
-        largest_G[g] = f32(0)
+    # Magnitudes have the order of their bits.
+    largest_bits_G = largest_G.view(np.uint32)
+    for g in range(largest_bits_G.shape[0]):
+        largest_bits_G[g] = u32(0)
     for i in range(values_LG.shape[0]):
-        values_G = values_LG[i]
-        for g in range(largest_G.shape[0]):
-            largest_G[g] = max(largest_G[g], abs(values_G[g]))
+        bits_G = values_LG[i].view(np.uint32)
+        for g in range(largest_bits_G.shape[0]):
+            largest_bits_G[g] = max(largest_bits_G[g], u32(bits_G[g] & u32(0x7FFFFFFF)))
 
 
 @inner
@@ -317,9 +320,14 @@ def _e2m1_errors(values_LG: Floats, step_G: Floats, inverse_G: Floats, error_G: 
     """Write the squared error of each group with a scale, added in the order of columns. `inverse_G` is a buffer."""
     for g in range(error_G.shape[0]):
         inverse_G[g], error_G[g] = f32(1) / step_G[g], f32(0)
-    for i in range(values_LG.shape[0]):
+    width, groups = values_LG.shape
+    at_once, rows = groups // AT_ONCE * AT_ONCE, width // AT_ONCE * AT_ONCE
+    for i in range(0, rows, AT_ONCE):
+        for g in range(0, at_once, AT_ONCE):
+            add_e2m1_errors(values_LG[i][g:], u64(groups), step_G[g:], inverse_G[g:], error_G[g:])
+    for i in range(width):
         values_G = values_LG[i]
-        for g in range(error_G.shape[0]):
+        for g in range(at_once if i < rows else 0, groups):
             magnitude = abs(values_G[g])
             error = f32(magnitude - f32(_e2m1_magnitude(f32(magnitude * inverse_G[g])) * step_G[g]))
             error_G[g] += f32(error * error)
@@ -355,6 +363,15 @@ def _e2m1_fields(values_LG: Floats, inverse_G: Floats, fields_LG: NDArray[np.uin
 def _pack_pairs(fields_LG: NDArray[np.uint32], codes_B: Bytes) -> None:
     """Write two fields to each byte, that of the even column to the low half."""
     pairs = fields_LG.shape[0] // 2
-    for g in range(fields_LG.shape[1]):
-        for i in range(pairs):
-            codes_B[g * pairs + i] = u8(fields_LG[2 * i, g] | u32(fields_LG[2 * i + 1, g] << u32(4)))
+    if pairs % 8:
+        for g in range(fields_LG.shape[1]):
+            for i in range(pairs):
+                codes_B[g * pairs + i] = u8(fields_LG[2 * i, g] | u32(fields_LG[2 * i + 1, g] << u32(4)))
+        return
+    words_W = codes_B.view(np.uint64)
+    for w in range(pairs // 8):
+        for g in range(fields_LG.shape[1]):
+            word = u64(0)
+            for i in range(16):
+                word |= u64(u64(fields_LG[16 * w + i, g]) << u64(4 * i))
+            words_W[g * (pairs // 8) + w] = word
