@@ -1,4 +1,4 @@
-"""Quantize int4 weights again from their codes, without dequantizing them: what `requantize.py` gives, much faster.
+"""Quantize int4 weights again from their codes: what `requantize.py` gives for their values, much faster.
 
 With scales in bfloat16, groups of columns come in few kinds: 128 mantissas of the scale, and eight largest magnitudes
 of codes. The exponent of the scale only shifts everything. What depends on the kind is computed once, in tables; a
@@ -9,8 +9,10 @@ group then needs its histogram, the number of codes of each magnitude.
 - MXFP4: how much the squared error grows where the scale is halved, an integer for each magnitude.
 - FP8 block scales: the squares of the values of a block by their mantissas are sums of squares of scales.
 
-Scales are those with the least error, as in `requantize.py`. Errors of NVFP4 and MXFP4 are added by magnitude here, and
-by column there: where two scales have the same error but for the rounding of these sums, the choice may be another.
+Scales are those with the least error, as in `requantize.py`. Errors are added by magnitude here, and by column there:
+where two scales have the same error but for the rounding of these sums, the choice may be another. Errors of MXFP4 are
+integers, and their sums are exact.
+Groups of NVFP4 that may get a subnormal number or one beyond 448 as their scale are rounded by their values.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ from trtllm_ct.layouts.requantize import (
     nvfp4_candidates,
     nvfp4_scales,
     to_e2m1_groups,
-    to_e4m3_blocks,
 )
 
 if TYPE_CHECKING:
@@ -53,11 +54,14 @@ _LANES = 8
 _LARGEST_RUN = 8
 """The most words whose histograms are added: their counts fit into bytes."""
 
+_GROUPS_BY_VALUES = 1 << 16
+"""The groups without a result that are rounded by their values at once."""
+
 _NEVER = 1e30
-"""The error of a lane without a candidate; its products with counts are finite."""
+"""The error of a lane without a candidate: larger than any, and finite, since it is multiplied by 0 too."""
 
 _EXPONENT = 127 - 5
-"""The exponent of bfloat16 that tables of NVFP4 are made for; candidates are normal numbers of E4M3 with it."""
+"""The biased exponent of the scales that tables of NVFP4 are made for; candidates are normal numbers of E4M3 there."""
 
 
 def int4_to_e2m1_groups(
@@ -84,11 +88,26 @@ def int4_to_e2m1_groups(
         *(count_BM, np.empty(row, np.uint64), e2m1_OB, e4m3_OB),
     )
     if not e4m3_OB.min():
-        others = np.nonzero(e4m3_OB == 0)
-        values = _values(codes_OB[others][:, None], scale_OG[others[0], others[1] // words][:, None])
-        pairs, scales = to_e2m1_groups(values, WORD, global_scale)
-        e2m1_OB[others], e4m3_OB[others] = pairs.view(np.uint64)[:, 0], scales[:, 0]
+        _round_by_values(codes_OB, scale_OG, global_scale, e2m1_OB, e4m3_OB)
     return e2m1_OB.view(np.uint8), e4m3_OB
+
+
+def _round_by_values(
+    codes_OB: Words, scale_OG: NDArray[np.uint16], global_scale: float, e2m1_OB: Words, e4m3_OB: Bytes
+) -> None:
+    """Write the result of groups that have none, whose scales are 0, from their values; some at a time."""
+    import numpy as np
+
+    words = codes_OB.shape[1] // scale_OG.shape[1]
+    rows, places = np.nonzero(e4m3_OB == 0)
+    for first in range(0, rows.size, _GROUPS_BY_VALUES):
+        row, place = rows[first : first + _GROUPS_BY_VALUES], places[first : first + _GROUPS_BY_VALUES]
+        # Zeros fill the last one of long rows, of which the loops are fast.
+        values = np.zeros((-(-row.size // 64), 64 * WORD), np.float32)
+        values.reshape(-1, WORD)[: row.size] = _values(codes_OB[row, place], scale_OG[row, place // words])
+        pairs, scales = to_e2m1_groups(values, WORD, global_scale)
+        e2m1_OB[row, place] = pairs.view(np.uint64).ravel()[: row.size]
+        e4m3_OB[row, place] = scales.ravel()[: row.size]
 
 
 def int4_to_e2m1_exponents(words_OW: NDArray[np.int32], scale_OG: NDArray[np.uint16]) -> tuple[Bytes, Bytes]:
@@ -119,7 +138,7 @@ def int4_to_e4m3_blocks(
     """Return E4M3 codes, uint8 [N, K], and the scale of each block, float32 [ceil(N / rows), ceil(K / columns)].
 
     Arguments are as in `int4_to_e2m1_groups`, with scales from 2^-40 to 2^40. The columns of a block are a multiple of
-    16, and it has at most 2^14 values. The result is that of `to_e4m3_blocks` for the values.
+    16.
     """
     import numpy as np
 
@@ -143,11 +162,6 @@ def int4_to_e4m3_blocks(
         ),
         *(e4m3_OBI, scale_YX),
     )
-    for y, x in np.argwhere(scale_YX == 0):
-        place = slice(y * height, (y + 1) * height), slice(x * width, (x + 1) * width)
-        scales = np.repeat(scale_OG[place[0]], words, axis=1)[:, place[1]]
-        codes, scale = to_e4m3_blocks(_values(codes_OB[place], scales), block, powers_of_two=powers_of_two)
-        e4m3_OBI[place], scale_YX[y, x] = codes.reshape(e4m3_OBI[place].shape), scale[0, 0]
     return e4m3_OBI.reshape(rows, -1), scale_YX
 
 
@@ -312,10 +326,10 @@ def _words_of_scale(words_OW: NDArray[np.int32], scale_OG: NDArray[np.uint16]) -
     return words
 
 
-def _values(codes_OB: Words, bits_OB: NDArray[np.uint16]) -> Floats:
-    """Return the values of words [N, B] with scales [N, B], float32 [N, 16 * B]; they are exact."""
+def _values(codes_B: Words, bits_B: NDArray[np.uint16]) -> Floats:
+    """Return the values of words [B] with scales [B], float32 [B, 16]; they are exact."""
     import numpy as np
 
-    fields = (codes_OB[..., None] >> np.arange(0, 64, 4, dtype=np.uint64)) & np.uint64(15)
-    scale = (bits_OB.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return ((fields.astype(np.float32) - np.float32(8)) * scale[..., None]).reshape(codes_OB.shape[0], -1)
+    fields = (codes_B[:, None] >> np.arange(0, 64, 4, dtype=np.uint64)) & np.uint64(15)
+    scale = (bits_B.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return (fields.astype(np.float32) - np.float32(8)) * scale[:, None]

@@ -46,12 +46,6 @@ _SCALES_OF_INT4 = {
 With larger ones for NVFP4, values may be beyond it.
 """
 
-_SMALL_OF_NVFP4 = 2.0**-12
-"""With smaller scales, many groups have candidates that are no normal numbers of E4M3; they are dequantized."""
-
-_VALUES_OF_BLOCK = 2**14
-"""The most values of a block of E4M3 whose sums of squares are exact."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundedCodes(Operation):
@@ -116,7 +110,7 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
     """Round a weight to codes and scales, some rows at a time where it is dequantized first."""
     import numpy as np
 
-    if _is_rounded_by_codes(module.codes, form):
+    if _is_rounded_by_codes(module, form):
         return _codes_to_form(module.codes, form)
     parts = []
     values = module.dequantize(DType.F32).elements
@@ -129,25 +123,22 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
     return codes, scales
 
 
-def _is_rounded_by_codes(codes: Codes, form: Form) -> bool:
+def _is_rounded_by_codes(module: ModuleTensors, form: Form) -> bool:
     """Whether a weight is one of int4 codes that need no dequantizing to be rounded to a form.
 
-    It isn't where a scale is so large, so small or so strange that values may have to be refused, and where so many are
-    small that it would take longer.
+    It isn't where a scale is so large, so small or so strange that values may have to be refused.
     """
-    import numpy as np
-
-    (rows, columns), scale = codes.shape, codes.scale
+    codes, (rows, columns) = module.codes, module.codes.shape
+    scale, group = codes.scale, module.weight.group_columns or columns
     int4 = codes.packing == packed_words(4) and codes.element is Element.INT and codes.zero_point is None
-    if not int4 or codes.group_index is not None or scale.dtype is not DType.BF16 or scale.shape[0] != rows:
+    if not int4 or codes.group_index is not None or scale.dtype is not DType.BF16 or not rows:
         return False
-    if columns % (_unit_of_columns(form) * scale.shape[1]) or np.prod(_block(form, columns)) > _VALUES_OF_BLOCK:
+    # All groups of a row have the same size: a smaller one at its end is left to values.
+    if scale.shape != (rows, columns // group) or columns % group or group % _unit_of_columns(form):
         return False
-    numbers, (least, most) = scale.numbers, _SCALES_OF_INT4[form.scale_dtype]
-    if not (numbers.min() >= least and numbers.max() <= most):
-        return False
-    small = form.scale_dtype is DType.F8_E4M3 and np.count_nonzero(numbers < _SMALL_OF_NVFP4) > numbers.size // 8
-    return not small
+    least, most = _SCALES_OF_INT4[form.scale_dtype]
+    numbers = scale.numbers
+    return bool(numbers.min() >= least and numbers.max() <= most)
 
 
 def _unit_of_columns(form: Form) -> int:

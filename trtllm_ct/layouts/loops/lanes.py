@@ -1,7 +1,7 @@
 """Operations on SIMD registers, written in LLVM's instructions: numba has no vectors of its own.
 
 Loops call these functions like inner loops. Arguments are numbers, and arrays of one row, contiguous, whose elements
-the operation loads or stores; they need no alignment. LLVM compiles the vectors for any processor: one instruction has
+the operation loads or stores, as aligned as these are. LLVM compiles the vectors for any processor: one instruction has
 eight lanes with AVX2, and four with SSE and Neon. Looking bytes up in a table is an instruction of its own on each kind
 of processor; elsewhere it is sixteen loads.
 """
@@ -22,6 +22,7 @@ __all__ = [
     "add_e2m1_errors",
     "add_scaled_bytes",
     "dot_with_bytes",
+    "e4m3_error_of_codes",
     "e4m3_of_codes",
     "floats_of_bytes",
     "highest_byte",
@@ -124,6 +125,32 @@ def least_lane(build: Any, error_MC: Any, count_M: Any) -> Any:
         least = build.select(build.fcmp_ordered("<", least, other), least, other)
     equal = build.bitcast(build.fcmp_ordered("==", error_C, least), ir.IntType(LANES))
     return build.zext(build.cttz(equal, _number(1, 1)), ir.IntType(64))
+
+
+@operation("float32")
+def e4m3_error_of_codes(build: Any, word: Any, scale: Any, step: Any, inverse: Any) -> Any:
+    """Return the squared error of codes with a scale, rounded to E4M3 with another one, `step`.
+
+    The eight bytes of `word`, a uint64, are the numbers of codes with magnitudes from 1 to 8; `inverse` is that of
+    `step`. Numbers are float32 and positive. Ties go to the even number, and the largest number is 448.
+    """
+    lanes = _vector("i32", LANES)
+    magnitude = build.fmul(_constants("float", range(1, LANES + 1)), _spread(build, scale))
+    number = build.fmul(magnitude, _spread(build, inverse))
+    bits = build.bitcast(number, lanes)
+    odd = build.and_(build.lshr(bits, _constants("i32", [20] * LANES)), _constants("i32", [1] * LANES))
+    nearest = build.add(build.add(bits, odd), _constants("i32", [0x7FFFF] * LANES))
+    normal = build.bitcast(build.and_(nearest, _constants("i32", [0xFFF00000] * LANES)), number.type)
+    far = _constants("float", [2**14] * LANES)
+    subnormal = build.fsub(build.fadd(number, far), far)
+    is_normal = build.fcmp_ordered(">=", number, _constants("float", [2**-6] * LANES))
+    rounded = build.bitcast(build.select(is_normal, normal, subnormal), lanes)
+    limited = build.bitcast(_limited(build, "<", rounded, 0x43E00000), number.type)  # 448
+    error = build.fsub(magnitude, build.fmul(limited, _spread(build, step)))
+    total = build.fmul(build.fmul(error, error), build.uitofp(_bytes(build, word), number.type))
+    for apart in (4, 2, 1):
+        total = build.fadd(total, _lanes(build, total, [c ^ apart for c in range(LANES)]))
+    return build.extract_element(total, _number(32, 0))
 
 
 @operation("void")

@@ -188,12 +188,12 @@ def _load(
     return loaded
 
 
-def _sources(function: Callable[..., Any]) -> set[str]:
-    """Return the files with the source code of a loop, and of all that it may call."""
-    files = {function.__code__.co_filename}
+def _sources(function: Callable[..., Any], seen: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Return the files with the source code of a loop, and of all that it may call; `seen` are those known before."""
+    files = seen | {function.__code__.co_filename}
     for value in _globals(function).values():
         if _is_called(value) and value.__code__.co_filename not in files:
-            files |= _sources(value)
+            files = _sources(value, files)
     return files
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from trtllm_ct.layouts.loops.lanes import (
     add_scaled_bytes,
     dot_with_bytes,
+    e4m3_error_of_codes,
     e4m3_of_codes,
     floats_of_bytes,
     highest_byte,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["e2m1_with_e4m3_scales", "e2m1_with_exponents", "e4m3_blocks", "histograms"]
 
-u8, u32, u64, i64, f32 = np.uint8, np.uint32, np.uint64, np.int64, np.float32
+u8, u32, u64, i64, f32, f64 = np.uint8, np.uint32, np.uint64, np.int64, np.float32, np.float64
 
 _KINDS_OF_MANTISSA = u64(9)
 """The largest magnitudes that a group may have, from 0 to 8."""
@@ -227,8 +228,6 @@ def e4m3_blocks(
     codes with each mantissa of a scale, and the seven highest bits of their mantissas. `peaks`, `numbers` and
     `powers_of_two` are as in `requantize_kernels.e4m3_blocks`. `histogram_OR` (of the runs in a row of blocks),
     `sum_SM`, `squares`, `candidates_3C` and `map_S` are buffers.
-    The scale of a block is 0 where sums of squares would be rounded, or where two candidates have to be compared on its
-    values; it has no result then.
     """
     run, words, width, height = sizes
     for y in range(scale_YX.shape[0]):
@@ -236,12 +235,17 @@ def e4m3_blocks(
         _histograms_of_runs(codes_OB[begin:end], run, histogram_of, histogram_OR)
         for x in range(scale_YX.shape[1]):
             runs = (x * (width // run), min((x + 1) * (width // run), histogram_OR.shape[1]), words // run)
-            largest, is_exact = _sums_of_block(histogram_OR[: end - begin], bits_OG[begin:end], runs, sum_SM)
+            largest = _sums_of_block(histogram_OR[: end - begin], bits_OG[begin:end], runs, sum_SM)
             _squares_of_sums(square_SM, bin_SM, sum_SM, squares)
             candidate_scales(largest, peaks, powers_of_two, candidates_3C[0])
             best, exact = finalists(numbers, squares, candidates_3C)
-            has_result = powers_of_two or (exact == best and is_exact)
-            scale_YX[y, x] = candidates_3C[0, best] if has_result else f32(0)
+            scale = candidates_3C[0, best]
+            if exact != best:
+                other = candidates_3C[0, exact]
+                of_best = _error_of_block(histogram_OR[: end - begin], bits_OG[begin:end], runs, scale)
+                of_other = _error_of_block(histogram_OR[: end - begin], bits_OG[begin:end], runs, other)
+                scale = other if of_other <= of_best else scale
+            scale_YX[y, x] = scale
         for n in range(begin, end):
             _codes_of_row(codes_OB[n], bits_OG[n], (run, words, width), scale_YX[y], map_S, e4m3_OBI[n])
 
@@ -261,32 +265,47 @@ def _histograms_of_runs(codes_OB: Words, run: int, histogram_of: Words, histogra
 @inner
 def _sums_of_block(
     histogram_OR: Words, bits_OG: NDArray[np.uint16], place: tuple[int, int, int], sum_SM: NDArray[np.float64]
-) -> tuple[np.float32, bool]:
+) -> np.float32:
     """Sum the squared powers of two of scales, by their mantissas and by the magnitudes of codes.
 
     `place` is the block's first run, the one after its last, and the runs of a stored scale.
-    Returns the largest magnitude, and whether all sums of squares of the block's values are exact in float64: a square
-    has 22 bits, a block has 2^14 values, and so scales may differ by 2^8.
+    Returns the largest magnitude.
     """
     begin, end, runs = place
     for s in range(128):
         for m in range(8):
             sum_SM[s, m] = 0.0
     first_scale, first_left = u64(begin // runs), runs - begin % runs
-    largest, least_exponent, most_exponent = f32(0), i64(255), i64(0)
+    largest = f32(0)
     for n in range(histogram_OR.shape[0]):
         g, left = first_scale, first_left
         for r in range(u64(begin), u64(end)):
             histogram, bits = histogram_OR[n, r], u32(bits_OG[n, g])
-            exponent, magnitude = i64(bits >> u32(7)), highest_byte(histogram)
-            largest = max(largest, f32(f32(magnitude) * u32(bits << u32(16)).view(np.float32)))
-            least_exponent = min(least_exponent, exponent if magnitude != u64(0) else i64(255))
-            most_exponent = max(most_exponent, exponent if magnitude != u64(0) else i64(0))
+            exponent = i64(bits >> u32(7))
+            largest = max(largest, f32(f32(highest_byte(histogram)) * u32(bits << u32(16)).view(np.float32)))
             square = u64(u64(2 * exponent + 769) << u64(52)).view(np.float64)  # 2^(2 * (exponent - 127))
             add_scaled_bytes(histogram, square, sum_SM[u64(bits & u32(127))])
             left -= 1
             g, left = (g, left) if left > 0 else (g + u64(1), runs)
-    return largest, bool(most_exponent - least_exponent <= 8)
+    return f32(largest)
+
+
+@inner
+def _error_of_block(
+    histogram_OR: Words, bits_OG: NDArray[np.uint16], place: tuple[int, int, int], step: np.float32
+) -> np.float64:
+    """Return the squared error of a block with a scale; `place` is as in `_sums_of_block`."""
+    begin, end, runs = place
+    first_scale, first_left = u64(begin // runs), runs - begin % runs
+    inverse, total = f32(1) / step, f64(0)
+    for n in range(histogram_OR.shape[0]):
+        g, left = first_scale, first_left
+        for r in range(u64(begin), u64(end)):
+            scale = u32(u32(bits_OG[n, g]) << u32(16)).view(np.float32)
+            total += f64(e4m3_error_of_codes(histogram_OR[n, r], scale, step, inverse))
+            left -= 1
+            g, left = (g, left) if left > 0 else (g + u64(1), runs)
+    return total
 
 
 @inner
