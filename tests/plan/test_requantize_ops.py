@@ -1,4 +1,4 @@
-"""int4 weights are rounded by their codes where their values would give the same, and only there."""
+"""int4 weights are rounded by their codes where these give what their values would give."""
 
 from __future__ import annotations
 
@@ -31,24 +31,29 @@ SCALES = RoundedScale(result=TensorSpec(DType.F8_E4M3, (6, 4)), form=NVFP4)
 
 
 def int4_module(
-    scale: Tensor | None = None, *, bits: int = 4, group_size: int | None = 32, zero_point: int | None = None
+    scale: Tensor | None = None,
+    *,
+    bits: int = 4,
+    group_size: int | None = 32,
+    zero_point: int | None = None,
+    shape: tuple[int, int] = SHAPE,
 ) -> ModuleTensors:
-    """A weight [6, 64] in groups; its scales are those given, else of an ordinary size, in bfloat16."""
+    """A weight in groups; its scales are those given, else of an ordinary size, in bfloat16."""
     torch.manual_seed(0)
     strategy = Strategy.CHANNEL if group_size is None else Strategy.GROUP
     args = QuantArgs(num_bits=bits, strategy=strategy, group_size=group_size, symmetric=zero_point is None)
-    grid = (SHAPE[0], 1 if group_size is None else -(-SHAPE[1] // group_size))
+    grid = (shape[0], 1 if group_size is None else -(-shape[1] // group_size))
     given = (torch.rand(grid) * 0.01 + 0.01).bfloat16() if scale is None else scale.expand(grid).contiguous()
     codes = Codes(
-        values=torch.randint(-8, 8, SHAPE, dtype=torch.int8),
+        values=torch.randint(-8, 8, shape, dtype=torch.int8),
         packing=INT8_PLAIN,
-        shape=SHAPE,
+        shape=shape,
         scale=given,
         zero_point=None if zero_point is None else torch.full(grid, zero_point, dtype=torch.int8),
     )
     stored = encode(PACKED_INT, codes, args)
     specs = {name: TensorSpec(DType.from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in stored.items()}
-    weight = PACKED_INT.describe("lin", args, specs, SHAPE, FaultCollector())
+    weight = PACKED_INT.describe("lin", args, specs, shape, FaultCollector())
     return ModuleTensors(arrays(stored), weight, NATIVE.entry)
 
 
@@ -115,6 +120,16 @@ def test_codes_and_scales_are_those_of_the_values(
     for one, other in zip(found, by_values, strict=True):
         assert one.dtype == other.dtype
         assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8-block"])
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=["no rows", "no columns"])
+@pytest.mark.parametrize("group_size", [32, None], ids=["groups", "a scale for each row"])
+def test_an_empty_weight_is_not_rounded_by_its_codes(
+    name: str, shape: tuple[int, int], group_size: int | None, from_codes: list[tuple[int, ...]]
+) -> None:
+    assert not requantize_ops._is_rounded_by_codes(int4_module(shape=shape, group_size=group_size), FORMS[name])
+    assert not from_codes
 
 
 @pytest.mark.parametrize("name", sorted(ALL - {"nvfp4"}))

@@ -15,8 +15,8 @@ ties to even. The first of several candidates with the same error is taken.
 - E2M1 with a power of two for a group (MXFP4): the smallest power with which the largest magnitude is at most 6, and
   half of it. Twice as much has no number that it has not.
 
-The loops in `loops/requantize_kernels.py` do the same for large weights, bit for bit. `requantize_int4.py` does it for
-int4 weights from their codes, in a fraction of the time.
+The loops in `loops/requantize_kernels.py` do the same for large weights, bit for bit. `requantize_int4.py` finds scales
+with the same errors for int4 weights, from their codes, in a fraction of the time.
 Sources: OCP 8-bit Floating Point 1.0 and OCP Microscaling Formats 1.0 for the formats. TensorRT-LLM reads the results
 as `_torch/modules/fused_moe/quantization.py` and `_torch/modules/linear.py` describe.
 """

@@ -9,9 +9,9 @@ group then needs its histogram, the number of codes of each magnitude.
 - MXFP4: how much the squared error grows where the scale is halved, an integer for each magnitude.
 - FP8 block scales: the squares of the values of a block by their mantissas are sums of squares of scales.
 
-Scales are those with the least error, as in `requantize.py`. Errors are added by magnitude here, and by column there:
-where two scales have the same error but for the rounding of these sums, the choice may be another. Errors of MXFP4 are
-integers, and their sums are exact.
+Scales are chosen as in `requantize.py`, for FP8 blocks by estimated errors. Errors are added by magnitude here, and by
+column there: where two scales have the same error but for the rounding of these sums, the choice may be another. Errors
+of MXFP4 are integers, and their sums are exact.
 Groups of NVFP4 that may get a subnormal number or one beyond 448 as their scale are rounded by their values.
 """
 
@@ -113,7 +113,8 @@ def _round_by_values(
 def int4_to_e2m1_exponents(words_OW: NDArray[np.int32], scale_OG: NDArray[np.uint16]) -> tuple[Bytes, Bytes]:
     """Return pairs of E2M1 codes, uint8 [N, K/2], and E8M0 exponents of 32 columns, uint8 [N, K/32].
 
-    Arguments are as in `int4_to_e2m1_groups`, with scales from 2^-40 to 2^40. K / G is a multiple of 32.
+    `words_OW` are int4 codes in offset binary, int32 [N, K/8], and `scale_OG` the bits of bfloat16 scales from 2^-40 to
+    2^40, uint16 [N, G]. K / G is a multiple of 32.
     """
     import numpy as np
 
@@ -137,8 +138,8 @@ def int4_to_e4m3_blocks(
 ) -> tuple[Bytes, Floats]:
     """Return E4M3 codes, uint8 [N, K], and the scale of each block, float32 [ceil(N / rows), ceil(K / columns)].
 
-    Arguments are as in `int4_to_e2m1_groups`, with scales from 2^-40 to 2^40. The columns of a block are a multiple of
-    16.
+    `words_OW` are int4 codes in offset binary, int32 [N, K/8], and `scale_OG` the bits of bfloat16 scales from 2^-40 to
+    2^40, uint16 [N, G]. K / G and the columns of a block are multiples of 16. With `powers_of_two` all scales are.
     """
     import numpy as np
 
@@ -172,7 +173,8 @@ class _Nvfp4Tables(NamedTuple):
     that may be the best, in lanes, `steps` are their bits, uint8 [(S + 2) * C], `errors` the squared errors of
     magnitudes of codes, float32 [S + 2, M, C], and `maps` the E2M1 code of each code, sixteen in a word, uint64
     [(S + 2) * C].
-    Two more kinds are at the end: a group of zeros, whose scale is the smallest number, and one without a result.
+    Two more kinds are at the end of all but `first`: a group of zeros, whose scale is the smallest number, and one
+    without a result.
     """
 
     first: Bytes

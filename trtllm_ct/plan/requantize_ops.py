@@ -41,9 +41,9 @@ _SCALES_OF_INT4 = {
     DType.U8: (2.0**-40, 2.0**40),
     DType.F32: (2.0**-40, 2.0**40),
 }
-"""The smallest and the largest scale of int4 codes that are rounded without being dequantized, by the scales of a form.
+"""The smallest and the largest scale of int4 codes that are rounded by their codes, by the scales of a form.
 
-With larger ones for NVFP4, values may be beyond it.
+Beyond those for NVFP4, values may have to be refused; beyond the others, squared errors may leave float32's range.
 """
 
 
@@ -124,14 +124,14 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
 
 
 def _is_rounded_by_codes(module: ModuleTensors, form: Form) -> bool:
-    """Whether a weight is one of int4 codes that need no dequantizing to be rounded to a form.
+    """Whether a weight is one of int4 codes that are rounded to a form without being dequantized.
 
-    It isn't where a scale is so large, so small or so strange that values may have to be refused.
+    One scale beyond `_SCALES_OF_INT4`, such as 0 or NaN, leaves the whole weight to its values.
     """
     codes, (rows, columns) = module.codes, module.codes.shape
     scale, group = codes.scale, module.weight.group_columns or columns
     int4 = codes.packing == packed_words(4) and codes.element is Element.INT and codes.zero_point is None
-    if not int4 or codes.group_index is not None or scale.dtype is not DType.BF16 or not rows:
+    if not int4 or codes.group_index is not None or scale.dtype is not DType.BF16 or not rows * columns:
         return False
     # All groups of a row have the same size: a smaller one at its end is left to values.
     if scale.shape != (rows, columns // group) or columns % group or group % _unit_of_columns(form):

@@ -85,9 +85,10 @@ def e2m1_with_e4m3_scales(
 
     `bits_OG` are the bits of positive bfloat16 scales. The tables are for scales whose biased exponent is `exponent`:
     the bits of the first scale that would be tried, and of those that may be the best, squared errors, and the E2M1
-    code of each int4 code; the second and the last have eight lanes for each kind. The two kinds at their end are
-    groups of zeros, and groups without a result. `above` is the number of scales that would be tried after the first.
-    `count_BM` and `slot_B` are buffers; of a group, the latter has the largest magnitude, then the kind, then the lane.
+    code of each int4 code; the second and the last have eight lanes for each kind. All but the first have two more
+    kinds: groups of zeros, and groups without a result. `above` is the number of scales that would be tried after the
+    first. `count_BM` and `slot_B` are buffers; of a group, the latter has the largest magnitude, then the kind, then
+    the lane.
     The scale of a group is 0 where one that would be tried is no normal number of E4M3; then it has no result.
     """
     for n in range(codes_OB.shape[0]):
