@@ -81,12 +81,11 @@ def to_e4m3_blocks(
     (rows, columns), shape = block, values_OI.shape
     codes_OI = np.empty(shape, np.uint8)
     scale_XG = np.empty((-(-shape[0] // rows), -(-shape[1] // columns)), np.float32)
-    large = values_OI.size >= _MIN_VALUES
+    if values_OI.size >= _MIN_VALUES:
+        _blocks_by_loop(values_OI, block, codes_OI, scale_XG, powers_of_two=powers_of_two)
+        return codes_OI, scale_XG
     for x in range(scale_XG.shape[0]):
         band = slice(x * rows, (x + 1) * rows)
-        if large:
-            _blocks_by_loop(values_OI[band], columns, codes_OI[band], scale_XG[x], powers_of_two=powers_of_two)
-            continue
         for g in range(scale_XG.shape[1]):
             values = values_OI[band, g * columns : (g + 1) * columns]
             scale_XG[x, g] = _power_for_block(values) if powers_of_two else _scale_of_block(values)
@@ -265,17 +264,19 @@ def block_peaks(*, powers_of_two: bool) -> tuple[Floats, int]:
     return np.array(_NUMBERS[:1] if powers_of_two else (*_NUMBERS, *_BETWEEN), np.float32), len(_NUMBERS)
 
 
-def _blocks_by_loop(values_OI: Floats, columns: int, codes_OI: Bytes, scale_G: Floats, *, powers_of_two: bool) -> None:
-    """Quantize one row of blocks."""
+def _blocks_by_loop(
+    values_OI: Floats, block: tuple[int, int], codes_OI: Bytes, scale_XG: Floats, *, powers_of_two: bool
+) -> None:
+    """Write the codes and the scales of blocks."""
     import numpy as np
 
     from trtllm_ct.layouts.loops import requantize_kernels
 
-    peaks, numbers = block_peaks(powers_of_two=powers_of_two)
+    (peaks, numbers), columns = block_peaks(powers_of_two=powers_of_two), min(block[1], values_OI.shape[1])
     lanes, words, squares = np.empty(columns, np.float32), np.empty(columns, np.uint32), np.empty(512, np.float64)
     candidates = np.empty((3, len(peaks)), np.float32)
     requantize_kernels.e4m3_blocks(
-        values_OI, peaks, powers_of_two, numbers, columns, lanes, words, squares, candidates, codes_OI, scale_G
+        values_OI, peaks, powers_of_two, numbers, block, lanes, words, squares, candidates, codes_OI, scale_XG
     )
 
 

@@ -38,27 +38,50 @@ _LANES = [[0.0] * 2] * 2
 
 
 @kernel(
-    _VALUES, [448.0, 256.0, 300.0], 0, 2, 2, [0.0] * 2, [0] * 2, [0.0] * 512, [[0.0] * 3] * 3, [[0] * 4] * 2, [0.0] * 2
+    *(_VALUES, [448.0, 256.0, 300.0], 0, 2, (1, 2), [0.0] * 2, [0] * 2, [0.0] * 512, [[0.0] * 3] * 3, [[0] * 4] * 2),
+    [[0.0] * 2] * 2,
 )
 def e4m3_blocks(
     values_OI: Floats,
     peaks: Floats,
     powers_of_two: bool,  # noqa: FBT001 (numba has no keywords)
     numbers: int,
-    width: int,
+    block: tuple[int, int],
     lanes_L: Floats,
     words_L: NDArray[np.uint32],
     squares: NDArray[np.float64],
     candidates_3C: Floats,
     codes_OI: Bytes,
-    scale_G: Floats,
+    scale_XG: Floats,
 ) -> None:
-    """Quantize one row of blocks, [<= rows of a block, K], to E4M3 codes with a float32 scale for each `width` columns.
+    """Quantize [N, K] to E4M3 codes, with a float32 scale for each block of the rows and columns that `block` names.
 
     `peaks` are what the largest magnitude of a block may become; the first `numbers` of them are numbers of E4M3. With
     `powers_of_two`, scales are rounded up to one.
-    `lanes_L` and `words_L` (`width` elements), `squares` (512) and `candidates_3C` are buffers.
+    `lanes_L` and `words_L` (the columns of a block), `squares` (512) and `candidates_3C` are buffers.
     """
+    height, width = block
+    buffers = (lanes_L, words_L, squares, candidates_3C)
+    for x in range(scale_XG.shape[0]):
+        begin, end = x * height, min((x + 1) * height, values_OI.shape[0])
+        _row_of_blocks(
+            values_OI[begin:end], peaks, powers_of_two, numbers, width, buffers, codes_OI[begin:end], scale_XG[x]
+        )
+
+
+@inner
+def _row_of_blocks(
+    values_OI: Floats,
+    peaks: Floats,
+    powers_of_two: bool,  # noqa: FBT001 (numba has no keywords)
+    numbers: int,
+    width: int,
+    buffers: tuple[Floats, NDArray[np.uint32], NDArray[np.float64], Floats],
+    codes_OI: Bytes,
+    scale_G: Floats,
+) -> None:
+    """Quantize one row of blocks; the arguments are those of `e4m3_blocks`."""
+    lanes_L, words_L, squares, candidates_3C = buffers
     columns = values_OI.shape[1]
     for g in range(scale_G.shape[0]):
         begin, end = g * width, min((g + 1) * width, columns)
