@@ -8,6 +8,7 @@ scales.py       scales, zero points and dequantization
 rounding.py     round to a narrow float exactly once
 requantize.py   quantize weights again, with the best scales
 requantize_int4.py  the same for int4 weights, without dequantizing them
+requantize_int4_tables.py  what is computed once for each kind of group of int4 codes
 folds.py        multiply a transform (a square matrix) into a weight
 rotary_rows.py  convert between the two row orders of query and key weights
 bitmasks.py     bitmasks of sparse matrices: one bit per element says whether its value is stored

@@ -11,12 +11,8 @@ from trtllm_ct.base.schemes import Element
 from trtllm_ct.engine.requantization import NVFP4_GLOBAL_SCALE
 from trtllm_ct.layouts.packing import packed_words
 from trtllm_ct.layouts.requantize import LARGEST_OF_NVFP4, to_e2m1_exponents, to_e2m1_groups, to_e4m3_blocks
-from trtllm_ct.layouts.requantize_int4 import (
-    WORD,
-    int4_to_e2m1_exponents,
-    int4_to_e2m1_groups,
-    int4_to_e4m3_blocks,
-)
+from trtllm_ct.layouts.requantize_int4 import int4_to_e2m1_exponents, int4_to_e2m1_groups, int4_to_e4m3_blocks
+from trtllm_ct.layouts.requantize_int4_tables import WORD
 from trtllm_ct.layouts.stored_array import StoredArray, numpy_dtype, scalar
 from trtllm_ct.plan.ops import Operation
 

@@ -15,24 +15,31 @@ import llvmlite.binding as llvm
 from trtllm_ct.layouts.loops.machine_code import operation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
 __all__ = [
     "AT_ONCE",
     "add_e2m1_errors",
+    "add_histogram_of_word",
     "add_scaled_bytes",
     "dot_with_bytes",
     "e4m3_error_of_codes",
     "e4m3_of_codes",
     "floats_of_bytes",
     "highest_byte",
+    "histogram_of_word",
+    "least_error",
     "least_lane",
     "looked_up_bytes",
     "looked_up_fields",
+    "magnitudes_of_codes",
+    "mapped_codes",
+    "sums_of_eight",
+    "sums_of_four",
 ]
 
 LANES = 8
-"""The magnitudes of int4 codes above 0, and the candidates of a group."""
+"""The float32 numbers of a register of AVX2, and the magnitudes of signed int4 codes above 0."""
 
 AT_ONCE = 16
 """The groups, and the values of each, that are rounded by one operation."""
@@ -53,6 +60,52 @@ def highest_byte(build: Any, word: Any) -> Any:
 def floats_of_bytes(build: Any, word: Any, result_M: Any) -> None:
     """Store the eight bytes of a uint64 as float32 [8]."""
     build.store(build.uitofp(_bytes(build, word), _vector("float", LANES)), _at(build, result_M, "float"), align=4)
+
+
+@operation("uint64")
+def magnitudes_of_codes(build: Any, word: Any, number_I: Any, result_I: Any) -> Any:
+    """Store the magnitudes of the codes in a word, uint8 [16], and return the largest one.
+
+    `number_I`, uint8 [16], are the magnitudes of the codes that the fields of `word`, a uint64, may be.
+    """
+    found = _looked_up(build, _sixteen_bytes(build, number_I), _fields(build, word))
+    build.store(found, _at(build, result_I, "i8", lanes=16), align=1)
+    return build.zext(_reduced(build, "umax", found), _integer(64))
+
+
+@operation("void")
+def histogram_of_word(
+    build: Any, byte_X: Any, first: Any, counted_XI: Any, above_I: Any, below_I: Any, result_I: Any
+) -> None:
+    """Store how often each magnitude occurs in a word, sixteen bytes.
+
+    The word is eight bytes of `byte_X` from `first` on. `counted_XI`, uint8 [256, 16], are the numbers of codes in each
+    byte; a magnitude belongs to two codes, `above_I` and `below_I`, uint8 [16], where 128 is none. The first magnitude
+    is 1.
+    """
+    counts = _counts(build, byte_X, first, counted_XI, above_I, below_I)
+    build.store(counts, _at(build, result_I, "i8", lanes=16), align=1)
+
+
+@operation("void")
+def add_histogram_of_word(
+    build: Any, byte_X: Any, first: Any, counted_XI: Any, above_I: Any, below_I: Any, result_I: Any
+) -> None:
+    """Add what `histogram_of_word` stores to the bytes at `result_I`."""
+    counts = _counts(build, byte_X, first, counted_XI, above_I, below_I)
+    counts = build.add(counts, _sixteen_bytes(build, result_I))
+    build.store(counts, _at(build, result_I, "i8", lanes=16), align=1)
+
+
+def _counts(build: Any, byte_X: Any, first: Any, counted_XI: Any, above_I: Any, below_I: Any) -> Any:
+    total = None
+    for x in range(8):
+        byte = build.load(build.gep(byte_X, [build.add(first, _number(64, x))]))
+        row = build.shl(build.zext(byte, _integer(64)), _number(64, 4))
+        counts = _sixteen_bytes(build, build.gep(counted_XI, [row]))
+        total = build.add(total, counts) if total else counts
+    above, below = _sixteen_bytes(build, above_I), _sixteen_bytes(build, below_I)
+    return build.add(_looked_up(build, total, above), _looked_up(build, total, below))
 
 
 @operation("void")
@@ -95,12 +148,101 @@ def add_e2m1_errors(build: Any, value_G: Any, groups: Any, scale_G: Any, inverse
 @operation("int32")
 def dot_with_bytes(build: Any, word: Any, factor_M: Any) -> Any:
     """Return the sum of the eight bytes of a uint64, each times its element of int32 [8]."""
+    numbers = build.zext(_bytes(build, word), _vector("i32", LANES))
+    return _reduced(build, "add", build.mul(numbers, build.load(_at(build, factor_M, "i32"), align=4)))
+
+
+@operation("void")
+def sums_of_eight(build: Any, magnitude_I: Any, record_C: Any, first: Any, record_X: Any, result_2C: Any) -> None:
+    """Store two sums over sixteen magnitudes for each of eight candidates, uint16 [2 * 8].
+
+    `magnitude_I` are the magnitudes, uint8 [16], up to 15. `record_C` has from `first` on the places of the candidates'
+    records in `record_X`. A record has two tables of sixteen bytes, by magnitude, one for each sum.
+    """
+    one, other = (_sums_of_four(build, magnitude_I, record_C, first, c, record_X) for c in (0, 4))
+    _store_sums(build, one, other, result_2C)
+
+
+@operation("void")
+def sums_of_four(build: Any, magnitude_I: Any, record_C: Any, first: Any, record_X: Any, result_2C: Any) -> None:
+    """Store two sums for each of four candidates, and again, uint16 [2 * 8], as `sums_of_eight` does for eight."""
+    sums = _sums_of_four(build, magnitude_I, record_C, first, 0, record_X)
+    _store_sums(build, sums, sums, result_2C)
+
+
+def _store_sums(build: Any, one: Any, other: Any, result_2C: Any) -> None:
+    """Add the sums of both halves of the magnitudes, and store those of eight candidates."""
+    words = _vector("i16", 16)
+    low = build.bitcast(_shuffled(build, one, other, [0, 4, 2, 6]), words)
+    high = build.bitcast(_shuffled(build, one, other, [1, 5, 3, 7]), words)
+    build.store(build.add(low, high), _at(build, result_2C, "i16", lanes=16), align=2)
+
+
+@operation("uint64")
+def least_error(build: Any, sum_2C: Any, factor_2C: Any, first: Any) -> Any:
+    """Return the least error of eight candidates, with the number of the first one that has it in its last four bits.
+
+    The error of a candidate is the sum of its two sums, uint16 [2 * 8], times factors, int32 [2, 8]: a multiple of
+    sixteen from -2^32 to 0. `first` is the number of the first candidate. The result is a uint32, in the same order.
+    """
+    both = build.load(_at(build, sum_2C, "i16", lanes=16), align=2)
+    products = []
+    for table in (0, 8):
+        sums = build.zext(_lanes(build, both, range(table, table + 8)), _vector("i32", 8))
+        products.append(build.mul(sums, build.load(_at(build, factor_2C, "i32", table), align=4)))
+    number = build.add(_constants("i32", range(8)), _spread(build, build.trunc(first, _integer(32))))
+    error = build.add(build.add(*products), number)
+    return build.zext(_reduced(build, "umin", error), _integer(64))
+
+
+def _sums_of_four(build: Any, magnitude_I: Any, record_C: Any, first: Any, more: int, record_X: Any) -> Any:
+    """Return the sums of both tables of four records, by halves of the magnitudes: four numbers of 16 bits in each i64.
+
+    The first two elements are the sums of the first tables.
+    """
+    magnitudes, shifted = _lanes(build, _sixteen_bytes(build, magnitude_I), [*range(16), *range(16)]), []
+    for c in range(4):
+        place = build.load(build.gep(record_C, [build.add(first, _number(64, more + c))]))
+        record = build.gep(record_X, [build.zext(place, _integer(64))])
+        tables = build.load(_at(build, record, "i8", lanes=32), align=1)
+        sums = _sums_of_bytes(build, _looked_up_in_both(build, tables, magnitudes))
+        shifted.append(build.shl(sums, _constants("i64", [16 * c] * 4)))
+    return build.or_(build.or_(shifted[0], shifted[1]), build.or_(shifted[2], shifted[3]))
+
+
+def _sums_of_bytes(build: Any, lanes: Any) -> Any:
+    """Return the sums of each eight of 32 bytes, as a vector of four i64."""
     from llvmlite import ir
 
-    numbers = build.zext(_bytes(build, word), _vector("i32", LANES))
-    products = build.mul(numbers, build.load(_at(build, factor_M, "i32"), align=4))
-    kind = ir.FunctionType(ir.IntType(32), [products.type])
-    return build.call(build.module.declare_intrinsic("llvm.vector.reduce.add.v8i32", (), kind), [products])
+    words = _vector("i64", 4)
+    if _has_avx2():
+        kind = ir.FunctionType(words, [lanes.type, lanes.type])
+        function = build.module.declare_intrinsic("llvm.x86.avx2.psad.bw", (), kind)
+        return build.call(function, [lanes, _constants("i8", [0] * 32)])
+    total = build.bitcast(lanes, words)
+    for bits, mask in ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0x00000000FFFFFFFF)):
+        masks = _constants("i64", [mask] * 4)
+        total = build.add(build.and_(total, masks), build.and_(build.lshr(total, _constants("i64", [bits] * 4)), masks))
+    return total
+
+
+def _looked_up_in_both(build: Any, tables: Any, index: Any) -> Any:
+    """Return the bytes of two tables, one in each half of a vector of 32 bytes, that the bytes of each half number."""
+    from llvmlite import ir
+
+    if _has_avx2():
+        kind = ir.FunctionType(tables.type, [tables.type, tables.type])
+        return build.call(build.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), kind), [tables, index])
+    halves = [
+        _looked_up(build, *(_shuffled(build, each, each, range(first, first + 16)) for each in (tables, index)))
+        for first in (0, 16)
+    ]
+    return _shuffled(build, *halves, range(32))
+
+
+def _has_avx2() -> bool:
+    """Whether loops may have instructions of AVX2."""
+    return bool(_LOOK_UP and llvm.get_host_cpu_features().get("avx2"))
 
 
 @operation("uint64")
@@ -128,14 +270,15 @@ def least_lane(build: Any, error_MC: Any, count_M: Any) -> Any:
 
 
 @operation("float32")
-def e4m3_error_of_codes(build: Any, word: Any, scale: Any, step: Any, inverse: Any) -> Any:
+def e4m3_error_of_codes(build: Any, word: Any, first: Any, scale: Any, step: Any, inverse: Any) -> Any:
     """Return the squared error of codes with a scale, rounded to E4M3 with another one, `step`.
 
-    The eight bytes of `word`, a uint64, are the numbers of codes with magnitudes from 1 to 8; `inverse` is that of
+    The eight bytes of `word`, a uint64, are the numbers of codes with magnitudes from `first` on; `inverse` is that of
     `step`. Numbers are float32 and positive. Ties go to the even number, and the largest number is 448.
     """
     lanes = _vector("i32", LANES)
-    magnitude = build.fmul(_constants("float", range(1, LANES + 1)), _spread(build, scale))
+    magnitudes = build.fadd(_constants("float", range(LANES)), _spread(build, first))
+    magnitude = build.fmul(magnitudes, _spread(build, scale))
     number = build.fmul(magnitude, _spread(build, inverse))
     bits = build.bitcast(number, lanes)
     odd = build.and_(build.lshr(bits, _constants("i32", [20] * LANES)), _constants("i32", [1] * LANES))
@@ -147,55 +290,65 @@ def e4m3_error_of_codes(build: Any, word: Any, scale: Any, step: Any, inverse: A
     rounded = build.bitcast(build.select(is_normal, normal, subnormal), lanes)
     limited = build.bitcast(_limited(build, "<", rounded, 0x43E00000), number.type)  # 448
     error = build.fsub(magnitude, build.fmul(limited, _spread(build, step)))
-    total = build.fmul(build.fmul(error, error), build.uitofp(_bytes(build, word), number.type))
+    counts = build.uitofp(_bytes(build, word), number.type)
+    total = build.fmul(build.fmul(error, error), counts)
     for apart in (4, 2, 1):
         total = build.fadd(total, _lanes(build, total, [c ^ apart for c in range(LANES)]))
     return build.extract_element(total, _number(32, 0))
 
 
 @operation("void")
-def e4m3_of_codes(build: Any, scale: Any, inverse: Any, result_S: Any) -> None:
-    """Store the E4M3 numbers that are nearest to the codes from -8 to 7 times a scale and an inverse, uint8 [16].
+def e4m3_of_codes(build: Any, scale: Any, inverse: Any, magnitude_I: Any, sign_I: Any, result_I: Any) -> None:
+    """Store the E4M3 numbers that are nearest to sixteen numbers times a scale and an inverse, uint8 [16].
 
-    Both are float32 and positive. Ties go to the even number, and the largest number is 448.
+    `magnitude_I`, uint8 [16], are the magnitudes of the numbers, and `sign_I` is 8 where they are negative. Scale and
+    inverse are float32 and positive. Ties go to the even number, and the largest number is 448.
     """
-    word = _vector("i32", LANES)
-    scaled = build.fmul(_constants("float", range(1, LANES + 1)), _spread(build, scale))
-    magnitude = build.fmul(scaled, _spread(build, inverse))
-    bits = build.bitcast(magnitude, word)
-    odd = build.and_(build.lshr(bits, _constants("i32", [20] * LANES)), _constants("i32", [1] * LANES))
-    rebiased = build.add(build.add(bits, odd), _constants("i32", [0x7FFFF - (120 << 23)] * LANES))
-    normal = build.lshr(rebiased, _constants("i32", [20] * LANES))
+    word = _vector("i32", 16)
+    numbers = build.uitofp(_sixteen_bytes(build, magnitude_I), _vector("float", 16))
+    number = build.fmul(build.fmul(numbers, _spread(build, scale, 16)), _spread(build, inverse, 16))
+    bits = build.bitcast(number, word)
+    odd = build.and_(build.lshr(bits, _constants("i32", [20] * 16)), _constants("i32", [1] * 16))
+    rebiased = build.add(build.add(bits, odd), _constants("i32", [0x7FFFF - (120 << 23)] * 16))
+    normal = build.lshr(rebiased, _constants("i32", [20] * 16))
     normal = _limited(build, "<", normal, 126)
     # The last bit of 2^14 is the step of subnormal numbers: the addition rounds.
-    step = build.bitcast(build.fadd(magnitude, _constants("float", [2**14] * LANES)), word)
-    subnormal = build.sub(step, _constants("i32", [0x46800000] * LANES))
-    is_normal = build.fcmp_ordered(">=", magnitude, _constants("float", [2**-6] * LANES))
-    of_magnitudes = build.trunc(build.select(is_normal, normal, subnormal), _vector("i8", LANES))
-    # Code 0 is -8, and code 8 is 0.
-    zero = _constants("i8", [0] * LANES)
-    of_codes = build.shuffle_vector(of_magnitudes, zero, _constants("i32", [7, 6, 5, 4, 3, 2, 1, 0, 8, *range(7)]))
-    of_codes = build.or_(of_codes, _constants("i8", [128] * 8 + [0] * 8))
-    build.store(of_codes, _at(build, result_S, "i8", lanes=16), align=1)
+    step = build.bitcast(build.fadd(number, _constants("float", [2**14] * 16)), word)
+    subnormal = build.sub(step, _constants("i32", [0x46800000] * 16))
+    is_normal = build.fcmp_ordered(">=", number, _constants("float", [2**-6] * 16))
+    codes = build.trunc(build.select(is_normal, normal, subnormal), _vector("i8", 16))
+    signs = build.shl(_sixteen_bytes(build, sign_I), _constants("i8", [4] * 16))
+    build.store(build.or_(codes, signs), _at(build, result_I, "i8", lanes=16), align=1)
 
 
 @operation("uint64")
 def looked_up_fields(build: Any, word: Any, table: Any) -> Any:
     """Return sixteen fields of four bits, a uint64: those of another, `table`, that the fields of `word` number."""
-    pairs = build.bitcast(_looked_up(build, _fields(build, table), _fields(build, word)), _vector("i16", 8))
-    pairs = build.or_(pairs, build.lshr(pairs, _constants("i16", [4] * 8)))
-    return _word(build, build.trunc(pairs, _vector("i8", 8)))
+    return _word_of_fields(build, _looked_up(build, _fields(build, table), _fields(build, word)))
+
+
+@operation("uint64")
+def mapped_codes(build: Any, word: Any, code_X: Any, first: Any, magnitude_I: Any, sign_I: Any) -> Any:
+    """Return sixteen codes of four bits, a uint64, for those of `word`: the one of the magnitude, with the sign.
+
+    `magnitude_I` and `sign_I`, uint8 [16], are those of the sixteen codes that `word` may have, and `code_X`, uint8, has
+    from `first` on the new codes of magnitudes.
+    """
+    addresses = (build.gep(code_X, [first]), magnitude_I, sign_I)
+    code, magnitude, sign = (_sixteen_bytes(build, address) for address in addresses)
+    codes = build.or_(_looked_up(build, code, magnitude), sign)
+    return _word_of_fields(build, _looked_up(build, codes, _fields(build, word)))
 
 
 @operation("void")
 def looked_up_bytes(build: Any, word: Any, table_S: Any, result_I: Any) -> None:
     """Store the bytes of `table_S`, uint8 [16], that the fields of four bits of a uint64 number, as uint8 [16]."""
-    table = build.load(_at(build, table_S, "i8", lanes=16), align=1)
+    table = _sixteen_bytes(build, table_S)
     build.store(_looked_up(build, table, _fields(build, word)), _at(build, result_I, "i8", lanes=16), align=1)
 
 
 def _looked_up(build: Any, table: Any, index: Any) -> Any:
-    """Return the elements of a vector of sixteen bytes that the bytes of another number, each at most 15."""
+    """Return the elements of a vector of sixteen bytes that the bytes of another number: at most 15, or 128 for 0."""
     from llvmlite import ir
 
     feature, name = _LOOK_UP.get(llvm.get_process_triple().partition("-")[0], ("", ""))
@@ -204,9 +357,10 @@ def _looked_up(build: Any, table: Any, index: Any) -> Any:
         return build.call(function, [table, index])
     result = ir.Constant(table.type, ir.Undefined)
     for i in range(16):
-        element = build.extract_element(table, build.extract_element(index, _number(32, i)))
-        result = build.insert_element(result, element, _number(32, i))
-    return result
+        place = build.and_(build.extract_element(index, _number(32, i)), _number(8, 15))
+        result = build.insert_element(result, build.extract_element(table, place), _number(32, i))
+    zeros = _constants("i8", [0] * 16)
+    return build.select(build.icmp_signed("<", index, zeros), zeros, result)
 
 
 def _fields(build: Any, word: Any) -> Any:
@@ -216,14 +370,28 @@ def _fields(build: Any, word: Any) -> Any:
     return build.and_(build.bitcast(both, _vector("i8", 16)), _constants("i8", [15] * 16))
 
 
+def _word_of_fields(build: Any, fields: Any) -> Any:
+    """Return the uint64 with sixteen fields of four bits: the inverse of `_fields`."""
+    pairs = build.bitcast(fields, _vector("i16", 8))
+    pairs = build.or_(pairs, build.lshr(pairs, _constants("i16", [4] * 8)))
+    return build.bitcast(build.trunc(pairs, _vector("i8", 8)), _integer(64))
+
+
 def _bytes(build: Any, word: Any) -> Any:
     return build.bitcast(word, _vector("i8", 8))
 
 
-def _word(build: Any, lanes: Any) -> Any:
+def _sixteen_bytes(build: Any, address: Any) -> Any:
+    return build.load(_at(build, address, "i8", lanes=16), align=1)
+
+
+def _reduced(build: Any, name: str, lanes: Any) -> Any:
+    """Return what LLVM's operation of that name makes of the integers of a vector: their sum, or the largest."""
     from llvmlite import ir
 
-    return build.bitcast(lanes, ir.IntType(64))
+    element = lanes.type.element
+    intrinsic = f"llvm.vector.reduce.{name}.v{lanes.type.count}{element}"
+    return build.call(build.module.declare_intrinsic(intrinsic, (), ir.FunctionType(element, [lanes.type])), [lanes])
 
 
 def _at(build: Any, pointer: Any, element: str, first: int = 0, lanes: int = LANES) -> Any:
@@ -237,17 +405,22 @@ def _limited(build: Any, order: str, words: Any, limit: int) -> Any:
     return build.select(build.icmp_unsigned(order, words, limits), words, limits)
 
 
-def _spread(build: Any, number: Any) -> Any:
+def _spread(build: Any, number: Any, lanes: int = LANES) -> Any:
     """Return a vector that has a number in each lane."""
     from llvmlite import ir
 
-    one = build.insert_element(ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined), number, _number(32, 0))
-    return _lanes(build, one, [0] * LANES)
+    one = build.insert_element(ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined), number, _number(32, 0))
+    return _lanes(build, one, [0] * lanes)
 
 
-def _lanes(build: Any, vector: Any, lanes: Sequence[int]) -> Any:
+def _lanes(build: Any, vector: Any, lanes: Iterable[int]) -> Any:
     """Return a vector of the lanes of another."""
-    return build.shuffle_vector(vector, vector, _constants("i32", lanes))
+    return _shuffled(build, vector, vector, lanes)
+
+
+def _shuffled(build: Any, one: Any, other: Any, lanes: Iterable[int]) -> Any:
+    """Return a vector of the lanes of two others, which are counted through both."""
+    return build.shuffle_vector(one, other, _constants("i32", lanes))
 
 
 def _vector(element: str, lanes: int) -> Any:
@@ -264,7 +437,13 @@ def _constants(element: str, values: Iterable[float]) -> Any:
     return ir.Constant(_vector(element, len(numbers)), numbers)
 
 
+def _integer(bits: int) -> Any:
+    from llvmlite import ir
+
+    return ir.IntType(bits)
+
+
 def _number(bits: int, value: int) -> Any:
     from llvmlite import ir
 
-    return ir.Constant(ir.IntType(bits), value)
+    return ir.Constant(_integer(bits), value)
