@@ -19,7 +19,7 @@ Groups of NVFP4 that may get a subnormal number or one beyond 448 as their scale
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.layouts.loops.huge_pages import empty
@@ -170,7 +170,7 @@ def int4_to_e4m3_blocks(
     e4m3_OBI = np.empty((rows, row, WORD), np.uint8)
     scale_YX = np.empty((-(-rows // height), -(-row // width)), np.float32)
     peaks, numbers = block_peaks(powers_of_two=powers_of_two)
-    kernels.e4m3_blocks(
+    arguments: tuple[Any, ...] = (
         *(*weight[:-1], _places(row // run, weight.words // run), _places(row, run)),
         *((run, width // run, height, _halves(zero_OG)), peaks, powers_of_two, numbers),
         *(*kernels.number_tables(), *e4m3_tables()),
@@ -178,6 +178,7 @@ def int4_to_e4m3_blocks(
         *(np.empty(512), empty((3, len(peaks)), DType.F32), np.empty((row // run, WORD), np.uint8)),
         *(e4m3_OBI, scale_YX),
     )
+    kernels.e4m3_blocks(*arguments)
     return e4m3_OBI.reshape(rows, -1), scale_YX
 
 

@@ -183,7 +183,8 @@ def _lanes_of_kinds(
     else:
         lane = np.where(lane < _COMPARED, lane, lane - (lanes - _COMPARED))
         lane_SC = np.broadcast_to(np.where(lane < bits_SC.shape[1], lane, 0), (len(scale_S), lanes))
-    bits_SC, steps_SC = (np.take_along_axis(each, lane_SC, axis=1) for each in (bits_SC, steps_SC))
+    bits_SC = np.take_along_axis(bits_SC, lane_SC, axis=1)
+    steps_SC = nvfp4_scales(bits_SC, global_scale)
     half_SC = steps_SC.astype(np.float64) / 2
     unit_S = np.minimum(_lowest_bit(scale_S.astype(np.float64)), _lowest_bit(half_SC).min(axis=1))
     half_SC, whole_S = half_SC / unit_S[:, None], scale_S / unit_S
@@ -247,7 +248,8 @@ def _lowest_bit(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
 
     mantissa, exponent = np.frexp(numbers)
     integer = (mantissa * 2**24).astype(np.int64)
-    return np.ldexp((integer & -integer).astype(np.float64), exponent - 24)
+    lowest: NDArray[np.float64] = np.ldexp((integer & -integer).astype(np.float64), exponent - 24)
+    return lowest
 
 
 def _records(maps: Words) -> tuple[Bytes, NDArray[np.uint16]]:

@@ -233,11 +233,11 @@ def _looked_up_in_both(build: Any, tables: Any, index: Any) -> Any:
     if _has_avx2():
         kind = ir.FunctionType(tables.type, [tables.type, tables.type])
         return build.call(build.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), kind), [tables, index])
-    halves = [
-        _looked_up(build, *(_shuffled(build, each, each, range(first, first + 16)) for each in (tables, index)))
+    one, other = (
+        _looked_up(build, *(_lanes(build, each, range(first, first + 16)) for each in (tables, index)))
         for first in (0, 16)
-    ]
-    return _shuffled(build, *halves, range(32))
+    )
+    return _shuffled(build, one, other, range(32))
 
 
 def _has_avx2() -> bool:
@@ -331,8 +331,8 @@ def looked_up_fields(build: Any, word: Any, table: Any) -> Any:
 def mapped_codes(build: Any, word: Any, code_X: Any, first: Any, magnitude_I: Any, sign_I: Any) -> Any:
     """Return sixteen codes of four bits, a uint64, for those of `word`: the one of the magnitude, with the sign.
 
-    `magnitude_I` and `sign_I`, uint8 [16], are those of the sixteen codes that `word` may have, and `code_X`, uint8, has
-    from `first` on the new codes of magnitudes.
+    `magnitude_I` and `sign_I`, uint8 [16], are those of the sixteen codes that `word` may have. `code_X`, uint8, has the
+    new codes of magnitudes from `first` on.
     """
     addresses = (build.gep(code_X, [first]), magnitude_I, sign_I)
     code, magnitude, sign = (_sixteen_bytes(build, address) for address in addresses)

@@ -1,9 +1,9 @@
 """Compiled loops that quantize int4 weights again, from their codes; `layouts/requantize_int4.py` explains the tables.
 
 A word holds sixteen codes in offset binary, four bits each, that of the first column in the lowest bits. One scale and
-one zero point hold for several words; `group_B` and so on are their places. The number of a code is its difference to the zero point, from -15 to 15, or from
--8 to 7 where the zero point is 8, as in symmetric weights. `magnitude_ZI` and `sign_ZI` have the magnitudes of these
-numbers by zero point and code, and 8 where they are negative.
+one zero point hold for several words; `group_B` and so on are their places. The number of a code is its difference to
+the zero point, from -15 to 15, or from -8 to 7 where the zero point is 8, as in symmetric weights. `magnitude_ZI` and
+`sign_ZI` have the magnitudes of these numbers by zero point and code, and 8 where they are negative.
 A histogram is two words: byte m - 1 of the first one is the number of codes whose numbers have the magnitude m, up to
 8, and byte m - 9 of the second one that of larger magnitudes.
 Rows are treated by several short steps, each for all groups, so that the processor works on many groups at once.
@@ -169,7 +169,7 @@ def _histograms_of_runs(
         else:
             word = u64(0)
             for x in range(first, first + u64(8 * run), u64(8)):
-                word += histogram_of_symmetric(byte_X, x, pair_X)
+                word += histogram_of_symmetric(byte_X, u64(x), pair_X)
             histogram[0], histogram[1] = word, u64(0)
 
 
