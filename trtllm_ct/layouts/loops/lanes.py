@@ -331,8 +331,8 @@ def looked_up_fields(build: Any, word: Any, table: Any) -> Any:
 def mapped_codes(build: Any, word: Any, code_X: Any, first: Any, magnitude_I: Any, sign_I: Any) -> Any:
     """Return sixteen codes of four bits, a uint64, for those of `word`: the one of the magnitude, with the sign.
 
-    `magnitude_I` and `sign_I`, uint8 [16], are those of the sixteen codes that `word` may have. `code_X`, uint8, has the
-    new codes of magnitudes from `first` on.
+    `magnitude_I` and `sign_I`, uint8 [16], are those of the sixteen codes that `word` may have. `code_X`, uint8, has
+    the new codes of magnitudes from `first` on.
     """
     addresses = (build.gep(code_X, [first]), magnitude_I, sign_I)
     code, magnitude, sign = (_sixteen_bytes(build, address) for address in addresses)
