@@ -97,9 +97,8 @@ def _write_with_zero_points(weight: _Weight, global_scale: float, e2m1_OB: Words
     tables, numbers, row = nvfp4_tables(global_scale), number_tables(), e2m1_OB.shape[1]
     kernels.e2m1_with_e4m3_scales_and_zero_points(
         *(*weight[:-1], _places(row, weight.words), EXPONENT, tables.above, numbers.magnitude, numbers.sign),
-        *(tables.kinds, tables.steps, tables.places, tables.records, tables.small, tables.large),
-        *(np.empty((row, WORD), np.uint8), empty((row, 2, WORD), DType.U16), np.empty(row, np.uint64)),
-        *(np.empty((2, row), np.uint64), e2m1_OB, e4m3_OB),
+        *(tables.first, tables.steps, tables.places, tables.records, tables.factors),
+        *(np.empty((row, WORD), np.uint8), np.empty(row, np.uint64), np.empty((2, row), np.uint64), e2m1_OB, e4m3_OB),
     )
 
 

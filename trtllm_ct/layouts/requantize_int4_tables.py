@@ -54,9 +54,6 @@ _LANES, _MORE_LANES, _COMPARED = 8, 16, 12
 _NEVER = 1e30
 """The error of a lane without a candidate: larger than any, and finite, since it is multiplied by 0 too."""
 
-_UNITS = 16
-"""Factors of errors are multiplied by this, so that the number of a lane fits in below."""
-
 
 class SymmetricNvfp4Tables(NamedTuple):
     """The tables of NVFP4 for numbers of at most 8.
@@ -89,39 +86,38 @@ def nvfp4_symmetric_tables(global_scale: float) -> SymmetricNvfp4Tables:
     errors = empty((len(scale_S) + 2, SYMMETRIC, _LANES), DType.F32)
     errors[:-2] = np.where(is_free[:, None], _NEVER, np.take_along_axis(error_SMC, lane_SC[:, None], axis=2))
     errors[-2:] = 0
+    # Of the two kinds at the end, the first has the smallest number as its scale.
+    steps = np.pad(np.take_along_axis(bits_CS.T, lane_SC, axis=1), ((0, 2), (0, 0)))
+    steps[-2] = 1
     map_SC = _maps(scale_S, np.take_along_axis(steps_SC, lane_SC, axis=1), np.arange(-8, 8, dtype=np.float32))
     return SymmetricNvfp4Tables(
         bits_CS[0],
         len(bits_CS) - 1,
-        np.concatenate([np.take_along_axis(bits_CS.T, lane_SC, axis=1).ravel(), *_two_more(np.uint8, 1)]),
+        steps.ravel(),
         errors,
-        np.concatenate([map_SC.ravel(), *_two_more(np.uint64, 0)]),
+        np.pad(map_SC, ((0, 2), (0, 0))).ravel(),
     )
 
 
 class Nvfp4Tables(NamedTuple):
     """The tables of NVFP4 for numbers of at most 15.
 
-    `kinds` are the bits of the first candidate of a kind, plus 256 if magnitudes above 8 occur, plus 512 times the
-    position among such kinds, uint32 [S]; `above` is the number of candidates after the first.
-    The candidates that may be the best are in lanes, eight for each kind where no magnitude is above 8, then sixteen
-    for each other kind: `steps` are their bits, uint8, and `places` those of their records, uint16. Candidates with the
-    same E2M1 codes have the same record; `records`, uint8 [R * 64], have by magnitude the product of the magnitude and
-    twice its number, the square of twice its number, and the code; 16 bytes are free.
+    `first` are the bits of the first candidate of a kind, uint8 [S]; `above` is the number of those after it.
+    The candidates that may be the best are in sixteen lanes for each kind: at most eight where no magnitude is above 8,
+    else twelve. `steps` are their bits, uint8 [S * 16], and `places` those of their records, uint16 [S * 16].
+    Candidates with the same E2M1 codes have the same record; `records`, uint8 [R * 64], have by magnitude the product
+    of the magnitude and twice its number, the square of twice its number, and the code; 16 bytes are free.
     The squared error of a group is a sum of integers in units of its kind: its own squares, which all candidates have
-    in common, and the sums of products and of squares times factors, int32 [S, 2, 8] in `small`, [S, 2, 2, 8] in
-    `large`, where the first 2 are halves of the lanes. Factors are multiplied by sixteen.
-    Two more kinds are at the end of `small`: a group of zeros, whose scale is the smallest number, and one without a
-    result.
+    in common, and the sums of products and of squares times `factors`, int32 [S, 2, 2, 8], where the first 2 are halves
+    of the lanes. Factors are multiplied by sixteen, so that the number of a lane fits in below.
     """
 
-    kinds: NDArray[np.uint32]
+    first: Bytes
     above: int
     steps: Bytes
     places: NDArray[np.uint16]
     records: Bytes
-    small: NDArray[np.int32]
-    large: NDArray[np.int32]
+    factors: NDArray[np.int32]
 
 
 @cache
@@ -130,25 +126,18 @@ def nvfp4_tables(global_scale: float) -> Nvfp4Tables:
     import numpy as np
 
     scale_S, largest_S, bits_CS = _kinds(global_scale, _MAGNITUDES - 1)
-    is_large = largest_S > SYMMETRIC
-    bits, factors, maps = zip(
-        *(
-            _lanes_of_kinds(scale_S[of], largest_S[of], bits_CS.T[of], lanes, global_scale)
-            for of, lanes in ((~is_large, _LANES), (is_large, _MORE_LANES))
-        ),
-        strict=True,
-    )
-    records, places = _records(np.concatenate([maps[0], *_two_more(np.uint64, 0), maps[1]]))
-    position = np.where(is_large, np.cumsum(is_large), np.cumsum(~is_large)) - 1
-    return Nvfp4Tables(
-        (bits_CS[0] + 256 * is_large + 512 * position).astype(np.uint32),
-        len(bits_CS) - 1,
-        np.concatenate([bits[0], *_two_more(np.uint8, 1), bits[1]]),
-        places,
-        records,
-        np.concatenate([factors[0], np.zeros_like(factors[0][:2])]),
-        np.ascontiguousarray(np.swapaxes(factors[1].reshape(-1, 2, 2, _LANES), 1, 2)),
-    )
+    lane_SL = _lanes_of_kinds(scale_S, largest_S, nvfp4_scales(bits_CS.T, global_scale))
+    bits_SL = np.take_along_axis(bits_CS.T, lane_SL, axis=1)
+    steps_SL = nvfp4_scales(bits_SL, global_scale)
+    half_SL = steps_SL.astype(np.float64) / 2
+    unit_S = np.minimum(_lowest_bit(scale_S.astype(np.float64)), _lowest_bit(half_SL).min(axis=1))
+    half_SL, whole_S = half_SL / unit_S[:, None], scale_S / unit_S
+    factor_S2L = 16 * np.stack([-2 * half_SL * whole_S[:, None], np.square(half_SL)], axis=1).astype(np.int32)
+    factors = np.ascontiguousarray(np.swapaxes(factor_S2L.reshape(-1, 2, 2, _LANES), 1, 2))
+    maps = _maps(scale_S, steps_SL, np.arange(_MAGNITUDES, dtype=np.float32))
+    maps[largest_S == 0], bits_SL[largest_S == 0] = 0, 1  # the scale of zeros is the smallest number
+    records, places = _records(maps.ravel())
+    return Nvfp4Tables(bits_CS[0], len(bits_CS) - 1, bits_SL.ravel(), places, records, factors)
 
 
 def _kinds(global_scale: float, largest: int) -> tuple[Floats, NDArray[np.int64], Bytes]:
@@ -160,37 +149,20 @@ def _kinds(global_scale: float, largest: int) -> tuple[Floats, NDArray[np.int64]
     return scale_S, largest_S, nvfp4_candidates(scale_S * largest_S.astype(np.float32), global_scale)
 
 
-def _two_more(dtype: type[np.generic], of_zeros: int) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
-    """Return the lanes of two more kinds: those of a group of zeros, and those of one without a result."""
-    import numpy as np
+def _lanes_of_kinds(scale_S: Floats, largest_S: NDArray[np.int64], steps_SC: Floats) -> NDArray[np.intp]:
+    """Return the candidates in the lanes of each kind, [S, 16].
 
-    return np.full(_LANES, of_zeros, dtype), np.zeros(_LANES, dtype)
-
-
-def _lanes_of_kinds(
-    scale_S: Floats, largest_S: NDArray[np.int64], bits_SC: Bytes, lanes: int, global_scale: float
-) -> tuple[Bytes, NDArray[np.int32], Words]:
-    """Return the bits of candidates, the factors of their errors, int32 [S, 2, C], and their maps, in lanes.
-
-    Lanes without a candidate repeat the first one. So do the lanes that aren't compared, with those before them.
+    Lanes without a candidate repeat the first one. The last four repeat those before them.
     """
     import numpy as np
 
-    steps_SC, lane = nvfp4_scales(bits_SC, global_scale), np.arange(lanes)
-    if lanes == _LANES:
-        order_SC, count_S = _best_first(_errors(scale_S, steps_SC, SYMMETRIC), largest_S)
-        lane_SC = np.where(lane < count_S[:, None], order_SC, order_SC[:, :1])
-    else:
-        lane = np.where(lane < _COMPARED, lane, lane - (lanes - _COMPARED))
-        lane_SC = np.broadcast_to(np.where(lane < bits_SC.shape[1], lane, 0), (len(scale_S), lanes))
-    bits_SC = np.take_along_axis(bits_SC, lane_SC, axis=1)
-    steps_SC = nvfp4_scales(bits_SC, global_scale)
-    half_SC = steps_SC.astype(np.float64) / 2
-    unit_S = np.minimum(_lowest_bit(scale_S.astype(np.float64)), _lowest_bit(half_SC).min(axis=1))
-    half_SC, whole_S = half_SC / unit_S[:, None], scale_S / unit_S
-    factor_S2C = np.stack([-2 * half_SC * whole_S[:, None], np.square(half_SC)], axis=1)
-    maps = _maps(scale_S, steps_SC, np.arange(_MAGNITUDES, dtype=np.float32))
-    return bits_SC.ravel(), (_UNITS * factor_S2C).astype(np.int32), maps.ravel()
+    lane = np.arange(_MORE_LANES)
+    lane = np.where(lane < _COMPARED, lane, lane - (_MORE_LANES - _COMPARED))
+    lane_SL = np.tile(np.where(lane < steps_SC.shape[1], lane, 0), (len(scale_S), 1))
+    of = largest_S <= SYMMETRIC
+    order_SC, count_S = _best_first(_errors(scale_S[of], steps_SC[of], SYMMETRIC), largest_S[of])
+    lane_SL[of, :_LANES] = np.where(np.arange(_LANES) < count_S[:, None], order_SC, order_SC[:, :1])
+    return lane_SL
 
 
 def _best_first(error_SMC: Floats, largest_S: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:

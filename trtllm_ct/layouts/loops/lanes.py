@@ -28,14 +28,13 @@ __all__ = [
     "floats_of_bytes",
     "highest_byte",
     "histogram_of_word",
-    "least_error",
     "least_lane",
+    "least_of_eight",
+    "least_of_four",
     "looked_up_bytes",
     "looked_up_fields",
     "magnitudes_of_codes",
     "mapped_codes",
-    "sums_of_eight",
-    "sums_of_four",
 ]
 
 LANES = 8
@@ -152,47 +151,42 @@ def dot_with_bytes(build: Any, word: Any, factor_M: Any) -> Any:
     return _reduced(build, "add", build.mul(numbers, build.load(_at(build, factor_M, "i32"), align=4)))
 
 
-@operation("void")
-def sums_of_eight(build: Any, magnitude_I: Any, record_C: Any, first: Any, record_X: Any, result_2C: Any) -> None:
-    """Store two sums over sixteen magnitudes for each of eight candidates, uint16 [2 * 8].
+@operation("uint64")
+def least_of_eight(
+    build: Any, magnitude_I: Any, record_C: Any, first: Any, record_X: Any, factor_2C: Any, number: Any
+) -> Any:
+    """Return the least error of eight candidates for sixteen magnitudes, with the number of the candidate below.
 
     `magnitude_I` are the magnitudes, uint8 [16], up to 15. `record_C` has from `first` on the places of the candidates'
-    records in `record_X`. A record has two tables of sixteen bytes, by magnitude, one for each sum.
+    records in `record_X`. A record has two tables of sixteen bytes, by magnitude. The error of a candidate is the sum
+    of both tables' sums times its factors, int32 [2, 8]: a multiple of sixteen from -2^32 to 0.
+    The result is a uint32 in the order of errors, with the number of the first candidate that has the least error in
+    its last four bits; numbers count from `number`.
     """
     one, other = (_sums_of_four(build, magnitude_I, record_C, first, c, record_X) for c in (0, 4))
-    _store_sums(build, one, other, result_2C)
-
-
-@operation("void")
-def sums_of_four(build: Any, magnitude_I: Any, record_C: Any, first: Any, record_X: Any, result_2C: Any) -> None:
-    """Store two sums for each of four candidates, and again, uint16 [2 * 8], as `sums_of_eight` does for eight."""
-    sums = _sums_of_four(build, magnitude_I, record_C, first, 0, record_X)
-    _store_sums(build, sums, sums, result_2C)
-
-
-def _store_sums(build: Any, one: Any, other: Any, result_2C: Any) -> None:
-    """Add the sums of both halves of the magnitudes, and store those of eight candidates."""
-    words = _vector("i16", 16)
-    low = build.bitcast(_shuffled(build, one, other, [0, 4, 2, 6]), words)
-    high = build.bitcast(_shuffled(build, one, other, [1, 5, 3, 7]), words)
-    build.store(build.add(low, high), _at(build, result_2C, "i16", lanes=16), align=2)
+    return _least_error(build, one, other, factor_2C, number)
 
 
 @operation("uint64")
-def least_error(build: Any, sum_2C: Any, factor_2C: Any, first: Any) -> Any:
-    """Return the least error of eight candidates, with the number of the first one that has it in its last four bits.
+def least_of_four(
+    build: Any, magnitude_I: Any, record_C: Any, first: Any, record_X: Any, factor_2C: Any, number: Any
+) -> Any:
+    """Return the least error of four candidates as `least_of_eight` does; their factors are there twice."""
+    sums = _sums_of_four(build, magnitude_I, record_C, first, 0, record_X)
+    return _least_error(build, sums, sums, factor_2C, number)
 
-    The error of a candidate is the sum of its two sums, uint16 [2 * 8], times factors, int32 [2, 8]: a multiple of
-    sixteen from -2^32 to 0. `first` is the number of the first candidate. The result is a uint32, in the same order.
-    """
-    both = build.load(_at(build, sum_2C, "i16", lanes=16), align=2)
-    products = []
+
+def _least_error(build: Any, one: Any, other: Any, factor_2C: Any, number: Any) -> Any:
+    """Add the sums of both halves of the magnitudes, multiply them by their factors, and return the least number."""
+    words = _vector("i16", 16)
+    low = build.bitcast(_shuffled(build, one, other, [0, 4, 2, 6]), words)
+    high = build.bitcast(_shuffled(build, one, other, [1, 5, 3, 7]), words)
+    sums, products = build.add(low, high), []
     for table in (0, 8):
-        sums = build.zext(_lanes(build, both, range(table, table + 8)), _vector("i32", 8))
-        products.append(build.mul(sums, build.load(_at(build, factor_2C, "i32", table), align=4)))
-    number = build.add(_constants("i32", range(8)), _spread(build, build.trunc(first, _integer(32))))
-    error = build.add(build.add(*products), number)
-    return build.zext(_reduced(build, "umin", error), _integer(64))
+        of_table = build.zext(_lanes(build, sums, range(table, table + 8)), _vector("i32", 8))
+        products.append(build.mul(of_table, build.load(_at(build, factor_2C, "i32", table), align=4)))
+    numbers = build.add(_constants("i32", range(8)), _spread(build, build.trunc(number, _integer(32))))
+    return build.zext(_reduced(build, "umin", build.add(build.add(*products), numbers)), _integer(64))
 
 
 def _sums_of_four(build: Any, magnitude_I: Any, record_C: Any, first: Any, more: int, record_X: Any) -> Any:
@@ -304,16 +298,14 @@ def e4m3_of_codes(build: Any, scale: Any, inverse: Any, magnitude_I: Any, sign_I
     `magnitude_I`, uint8 [16], are the magnitudes of the numbers, and `sign_I` is 8 where they are negative. Scale and
     inverse are float32 and positive. Ties go to the even number, and the largest number is 448.
     """
-    word = _vector("i32", 16)
-    numbers = build.uitofp(_sixteen_bytes(build, magnitude_I), _vector("float", 16))
-    number = build.fmul(build.fmul(numbers, _spread(build, scale, 16)), _spread(build, inverse, 16))
-    bits = build.bitcast(number, word)
+    magnitudes = build.uitofp(_sixteen_bytes(build, magnitude_I), _vector("float", 16))
+    number = build.fmul(build.fmul(magnitudes, _spread(build, scale, 16)), _spread(build, inverse, 16))
+    bits = build.bitcast(number, _vector("i32", 16))
     odd = build.and_(build.lshr(bits, _constants("i32", [20] * 16)), _constants("i32", [1] * 16))
     rebiased = build.add(build.add(bits, odd), _constants("i32", [0x7FFFF - (120 << 23)] * 16))
-    normal = build.lshr(rebiased, _constants("i32", [20] * 16))
-    normal = _limited(build, "<", normal, 126)
+    normal = _limited(build, "<", build.lshr(rebiased, _constants("i32", [20] * 16)), 126)
     # The last bit of 2^14 is the step of subnormal numbers: the addition rounds.
-    step = build.bitcast(build.fadd(number, _constants("float", [2**14] * 16)), word)
+    step = build.bitcast(build.fadd(number, _constants("float", [2**14] * 16)), bits.type)
     subnormal = build.sub(step, _constants("i32", [0x46800000] * 16))
     is_normal = build.fcmp_ordered(">=", number, _constants("float", [2**-6] * 16))
     codes = build.trunc(build.select(is_normal, normal, subnormal), _vector("i8", 16))

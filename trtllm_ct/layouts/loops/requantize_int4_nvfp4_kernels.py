@@ -15,13 +15,12 @@ import numpy as np
 from trtllm_ct.layouts.loops.lanes import (
     floats_of_bytes,
     highest_byte,
-    least_error,
     least_lane,
+    least_of_eight,
+    least_of_four,
     looked_up_fields,
     magnitudes_of_codes,
     mapped_codes,
-    sums_of_eight,
-    sums_of_four,
 )
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
 from trtllm_ct.layouts.loops.requantize_int4_kernels import histogram_of_symmetric, number_tables
@@ -40,6 +39,9 @@ u8, u32, u64, i64 = np.uint8, np.uint32, np.uint64, np.int64
 
 _KINDS_OF_MANTISSA, _LARGEST = u64(9), u64(16)
 """The largest magnitudes that a group may have, from 0 to 8 and, with zero points, to 15."""
+
+_LANES = u64(16)
+"""The lanes of a kind of group with zero points."""
 
 _CODES = [[0x7F80899ABCDEF012, 0x8888888888888888], [0x1234567887654321, 0x0]]
 _BITS, _ZEROS = [[0x3D81, 0x3C00], [0x3F81, 0x0001]], [[8, 8], [3, 0]]
@@ -122,17 +124,16 @@ def _slots(
             shift_B[b] = u8(shift) if normal and largest != u64(0) else u8(0)
 
 
-_SMALL_KINDS, _LARGE_KINDS = 20, 14
-_LANES = 8 * _SMALL_KINDS + 16 * _LARGE_KINDS
+# Numbers have magnitudes up to 15: sixteen kinds for each mantissa, and sixteen lanes for each kind.
+_LARGE_KINDS = 32
 
 
 @kernel(
-    *(_CODES, _BITS, _ZEROS, [0, 1], 122, 10, _MAGNITUDE, _SIGN),
-    [20 + 256 * (k % 16 > 8) + 512 * (k % 7) for k in range(2 * 16)],
-    *(list(range(20, 36)) * 24, [64 * (lane % 3) for lane in range(_LANES)], [5 * x % 181 for x in range(192)]),
-    [[[(-112 * c) % 11 * 16 for c in range(8)], [c % 5 * 16 for c in range(8)]]] * _SMALL_KINDS,
-    [[[[(-112 * c - h) % 11 * 16 for c in range(8)], [c % 5 * 16 for c in range(8)]] for h in (0, 1)]] * _LARGE_KINDS,
-    *([[0] * 16] * 2, [[[0] * 16] * 2] * 2, [0] * 2, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2),
+    *(_CODES, _BITS, _ZEROS, [0, 1], 122, 10, _MAGNITUDE, _SIGN, [20] * _LARGE_KINDS),
+    *(list(range(20, 36)) * _LARGE_KINDS, [64 * (lane % 3) for lane in range(16 * _LARGE_KINDS)]),
+    [5 * x % 16 for x in range(192)],
+    [[[[-7 * c % 11 * -16 for c in range(8)], [c % 3 * -16 for c in range(8)]]] * 2] * _LARGE_KINDS,
+    *([[0] * 16] * 2, [0] * 2, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2),
 )
 def e2m1_with_e4m3_scales_and_zero_points(
     codes_OB: Words,
@@ -143,95 +144,57 @@ def e2m1_with_e4m3_scales_and_zero_points(
     above: int,
     magnitude_ZI: Bytes,
     sign_ZI: Bytes,
-    kind_S: Places,
+    first_S: Bytes,
     step_L: Bytes,
     record_L: NDArray[np.uint16],
     record_X: Bytes,
-    small_S2C: NDArray[np.int32],
-    large_SH2C: NDArray[np.int32],
+    factor_SH2C: NDArray[np.int32],
     magnitude_BI: Bytes,
-    sum_BHC: NDArray[np.uint16],
-    slot_B: Words,
+    lane_B: Words,
     place_2B: Words,
     e2m1_OB: Words,
     e4m3_OB: Bytes,
 ) -> None:
     """Quantize int4 codes with zero points as `e2m1_with_e4m3_scales` does symmetric ones.
 
-    `bits_OG` are the bits of positive bfloat16 scales. The tables are for scales whose biased exponent is `exponent`.
-    `kind_S` has for each kind the bits of the first scale that would be tried, plus 256 if its magnitudes are large,
-    plus 512 times its position among such kinds; `above` is the number of scales that would be tried after the first.
-    Those that may be the best are in lanes, eight for a kind with small magnitudes and sixteen for others: `step_L` has
-    the bits of the scale, and `record_L` the place of its record in `record_X`. A record has 64 bytes: tables for the
-    sums of products and of squares, and the E2M1 codes of magnitudes. `small_S2C` and `large_SH2C` have their factors.
-    Two more kinds are at the end of small ones: groups of zeros, and groups without a result.
-    `magnitude_BI`, `sum_BHC`, `slot_B` and `place_2B` are buffers; of a group, the third has the largest magnitude,
-    then the kind, then the lane. The last has the places of groups with small magnitudes, and those of others.
+    The tables are for scales whose biased exponent is `exponent`, and have sixteen lanes of scales for each kind:
+    `step_L` has the bits of the scale, `record_L` the place of its record in `record_X`, and `factor_SH2C` the factors
+    of errors. A record has 64 bytes: what `least_of_eight` says, then the E2M1 codes of magnitudes. Kinds with
+    magnitudes of at most 8 have up to eight scales, others twelve. `first_S` has the bits of the first scale that would
+    be tried, and `above` is the number of those after it.
+    `magnitude_BI`, `lane_B` and `place_2B` are buffers: the second has a group's first lane, then that of its best
+    scale, and the last the places of groups with small magnitudes, and those of others.
     The scale of a group is 0 where one that would be tried is no normal number of E4M3; then it has no result.
     """
-    lanes_of_small, zeros = u64(small_S2C.shape[0] * 8), u64(small_S2C.shape[0] - 2)
     for n in range(codes_OB.shape[0]):
-        codes_B, zero_G, e2m1_B, e4m3_B = codes_OB[n], zero_OG[n], e2m1_OB[n], e4m3_OB[n]
+        codes_B, bits_G, zero_G, e2m1_B, e4m3_B = codes_OB[n], bits_OG[n], zero_OG[n], e2m1_OB[n], e4m3_OB[n]
         for b in range(codes_B.shape[0]):
-            slot_B[b] = magnitudes_of_codes(codes_B[b], magnitude_ZI[zero_G[group_B[b]]], magnitude_BI[b])
-        small, large = _slots_by_magnitudes(
-            bits_OG[n], group_B, exponent, above, zeros, kind_S, slot_B, place_2B, e4m3_B
-        )
+            g = group_B[b]
+            largest = magnitudes_of_codes(codes_B[b], magnitude_ZI[zero_G[g]], magnitude_BI[b])
+            lane_B[b] = (u64(bits_G[g] & u32(127)) * _LARGEST + largest) * _LANES
+        small = large = u64(0)
+        for b in range(codes_B.shape[0]):
+            # No branch: the processor would often guess wrong.
+            is_large = u64((lane_B[b] >> u64(4)) & u64(15) >= _KINDS_OF_MANTISSA)
+            place_2B[0, small] = place_2B[1, large] = u64(b)
+            small, large = small + u64(1) - is_large, large + is_large
         for p in range(small):
             b = place_2B[0, p]
-            sums_of_eight(magnitude_BI[b], record_L, slot_B[b] << u64(3), record_X, sum_BHC[b, 0])
+            lane, magnitude_I = lane_B[b], magnitude_BI[b]
+            factor_C = factor_SH2C[lane >> u64(4), 0]
+            lane_B[b] = lane + (least_of_eight(magnitude_I, record_L, lane, record_X, factor_C, 0) & u64(15))
         for p in range(large):
             b = place_2B[1, p]
-            first = lanes_of_small + (slot_B[b] << u64(4))
-            sums_of_eight(magnitude_BI[b], record_L, first, record_X, sum_BHC[b, 0])
-            sums_of_four(magnitude_BI[b], record_L, first + u64(8), record_X, sum_BHC[b, 1])
-        for p in range(small):
-            b = place_2B[0, p]
-            slot = slot_B[b]
-            slot_B[b] = (slot << u64(3)) + (least_error(sum_BHC[b, 0], small_S2C[slot], 0) & u64(15))
-        for p in range(large):
-            b = place_2B[1, p]
-            slot = slot_B[b]
-            least = min(
-                least_error(sum_BHC[b, 0], large_SH2C[slot, 0], 0), least_error(sum_BHC[b, 1], large_SH2C[slot, 1], 8)
-            )
-            slot_B[b] = lanes_of_small + (slot << u64(4)) + (least & u64(15))
+            lane, magnitude_I, slot = lane_B[b], magnitude_BI[b], lane_B[b] >> u64(4)
+            least = least_of_eight(magnitude_I, record_L, lane, record_X, factor_SH2C[slot, 0], 0)
+            other = least_of_four(magnitude_I, record_L, lane + u64(8), record_X, factor_SH2C[slot, 1], 8)
+            lane_B[b] = lane + (min(least, other) & u64(15))
         for b in range(codes_B.shape[0]):
-            best, zero = slot_B[b], zero_G[group_B[b]]
-            e4m3_B[b] = u8(e4m3_B[b] + step_L[best])
-            first = u64(record_L[best]) + u64(32)
-            e2m1_B[b] = mapped_codes(codes_B[b], record_X, first, magnitude_ZI[zero], sign_ZI[zero])
-
-
-@inner
-def _slots_by_magnitudes(
-    bits_G: NDArray[np.uint16],
-    group_B: Places,
-    exponent: int,
-    above: int,
-    zeros: np.uint64,
-    kind_S: Places,
-    slot_B: Words,
-    place_2B: Words,
-    shift_B: Bytes,
-) -> tuple[np.uint64, np.uint64]:
-    """Do what `_slots` does where kinds with small and with large magnitudes are counted apart.
-
-    Write the places of groups with small and of those with large magnitudes, and return their numbers. Groups of zeros
-    and without a result are among the small ones.
-    Conditions are numbers, 0 or 1: the processor would guess wrong at many branches.
-    """
-    small = large = u64(0)
-    for b in range(group_B.shape[0]):
-        bits, largest = u32(bits_G[group_B[b]]), slot_B[b]
-        of_kind = u64(kind_S[u64(bits & u32(127)) * _LARGEST + largest])
-        shift = i64(bits >> u32(7)) * 8 - 8 * exponent
-        has_codes = u64(largest != u64(0))
-        has_result = u64(u64(i64(of_kind & u64(255)) + shift - 8) <= u64(118 - above)) & has_codes
-        without = zeros + has_codes
-        slot_B[b] = without + ((of_kind >> u64(9)) - without) * has_result
-        shift_B[b] = u8(shift * i64(has_result))
-        is_large = (of_kind >> u64(8)) & has_result
-        place_2B[0, small] = place_2B[1, large] = u64(b)
-        small, large = small + u64(1) - is_large, large + is_large
-    return small, large
+            zero, record = zero_G[group_B[b]], u64(record_L[lane_B[b]]) + u64(32)
+            e2m1_B[b] = mapped_codes(codes_B[b], record_X, record, magnitude_ZI[zero], sign_ZI[zero])
+        for b in range(codes_B.shape[0]):
+            lane, shift = lane_B[b], i64(bits_G[group_B[b]] >> u32(7)) * 8 - 8 * exponent
+            slot = lane >> u64(4)
+            has_codes = u64((slot & u64(15)) != u64(0))
+            has_result = u64(u64(i64(first_S[slot]) + shift - 8) <= u64(118 - above))
+            e4m3_B[b] = u8((u64(step_L[lane]) + u64(shift) * has_codes) * (has_result | (has_codes ^ u64(1))))
