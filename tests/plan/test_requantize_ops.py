@@ -36,6 +36,7 @@ def int4_module(
     bits: int = 4,
     group_size: int | None = 32,
     zero_point: int | None = None,
+    packed_zeros: bool = True,
     shape: tuple[int, int] = SHAPE,
 ) -> ModuleTensors:
     """A weight in groups; its scales are those given, else of an ordinary size, in bfloat16."""
@@ -52,6 +53,8 @@ def int4_module(
         zero_point=None if zero_point is None else torch.full(grid, zero_point, dtype=torch.int8),
     )
     stored = encode(PACKED_INT, codes, args)
+    if codes.zero_point is not None and not packed_zeros:
+        stored["weight_zero_point"] = codes.zero_point
     specs = {name: TensorSpec(DType.from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in stored.items()}
     weight = PACKED_INT.describe("lin", args, specs, shape, FaultCollector())
     return ModuleTensors(arrays(stored), weight, NATIVE.entry)
@@ -99,7 +102,14 @@ ALL = frozenset({"nvfp4", "mxfp4", "fp8-block", "fp8"})
         pytest.param({"group_size": 48}, frozenset(), id="a smaller group at the end of rows"),
         pytest.param({"group_size": 8}, frozenset(), id="groups of 8"),
         pytest.param({"bits": 8}, frozenset(), id="8 bits"),
-        pytest.param({"zero_point": 3}, frozenset(), id="zero points"),
+        pytest.param({"zero_point": 3}, ALL, id="zero points"),
+        pytest.param({"zero_point": -8, "group_size": None}, ALL, id="a zero point for each row"),
+        pytest.param({"zero_point": -8, "packed_zeros": False}, ALL, id="plain zero points"),
+        pytest.param({"zero_point": 8, "packed_zeros": False}, frozenset(), id="zero points above all codes"),
+        pytest.param({"zero_point": -9, "packed_zeros": False}, frozenset(), id="zero points below all codes"),
+        pytest.param(
+            {"zero_point": 7, "scale": torch.tensor(1.0).bfloat16()}, ALL - {"nvfp4"}, id="zero points, large scales"
+        ),
         pytest.param({"scale": torch.tensor(0.01)}, frozenset(), id="scales in float32"),
         pytest.param({"scale": torch.tensor(0.01).half()}, frozenset(), id="scales in float16"),
         pytest.param({"scale": torch.tensor(-0.01).bfloat16()}, frozenset(), id="negative scales"),

@@ -32,12 +32,15 @@ _ROWS_AT_ONCE = 128
 _LEAST_OF_NVFP4 = 6 * 2.0**-9 * NVFP4_GLOBAL_SCALE
 """Where no magnitude reaches this, all groups have the smallest scale, and the limit of the form does not hold."""
 
-_SCALES_OF_INT4 = {
-    DType.F8_E4M3: (_LEAST_OF_NVFP4, LARGEST_OF_NVFP4 * NVFP4_GLOBAL_SCALE / 8),
-    DType.U8: (2.0**-40, 2.0**40),
-    DType.F32: (2.0**-40, 2.0**40),
+_LARGEST_NUMBER, _LARGEST_WITH_ZERO_POINTS = 8, 15
+"""The largest magnitudes of the difference of an int4 code and its zero point."""
+
+_VALUES_OF_INT4 = {
+    DType.F8_E4M3: (_LEAST_OF_NVFP4, LARGEST_OF_NVFP4 * NVFP4_GLOBAL_SCALE),
+    DType.U8: (2.0**-40, 2.0**43),
+    DType.F32: (2.0**-40, 2.0**43),
 }
-"""The smallest and the largest scale of int4 codes that are rounded by their codes, by the scales of a form.
+"""The smallest scale and the largest magnitude of int4 weights that are rounded by their codes, by a form's scales.
 
 Beyond those for NVFP4, values may have to be refused; beyond the others, squared errors may leave float32's range.
 """
@@ -122,19 +125,28 @@ def _round(name: str, module: ModuleTensors, form: Form) -> tuple[NDArray[np.gen
 def _is_rounded_by_codes(module: ModuleTensors, form: Form) -> bool:
     """Whether a weight is one of int4 codes that are rounded to a form without being dequantized.
 
-    One scale beyond `_SCALES_OF_INT4`, such as 0 or NaN, leaves the whole weight to its values.
+    One scale beyond `_VALUES_OF_INT4`, such as 0 or NaN, or one zero point that is no code leaves the whole weight to
+    its values.
     """
     codes, (rows, columns) = module.codes, module.codes.shape
     scale, group = codes.scale, module.weight.group_columns or columns
-    int4 = codes.packing == packed_words(4) and codes.element is Element.INT and codes.zero_point is None
+    int4 = codes.packing == packed_words(4) and codes.element is Element.INT and _zero_points_are_codes(codes)
     if not int4 or codes.group_index is not None or scale.dtype is not DType.BF16 or not rows * columns:
         return False
     # All groups of a row have the same size: a smaller one at its end is left to values.
     if scale.shape != (rows, columns // group) or columns % group or group % _unit_of_columns(form):
         return False
-    least, most = _SCALES_OF_INT4[form.scale_dtype]
-    numbers = scale.numbers
-    return bool(numbers.min() >= least and numbers.max() <= most)
+    least, most = _VALUES_OF_INT4[form.scale_dtype]
+    numbers, largest = scale.numbers, _LARGEST_NUMBER if codes.zero_point is None else _LARGEST_WITH_ZERO_POINTS
+    return bool(numbers.min() >= least and numbers.max() <= most / largest)
+
+
+def _zero_points_are_codes(codes: Codes) -> bool:
+    """Whether int4 codes have no zero points, or only such as are codes too; those that are packed always are."""
+    if codes.zero_point is None or codes.zero_point_packing is not None:
+        return True
+    zero_point = codes.zero_point.elements
+    return bool(zero_point.min(initial=0) >= -8 and zero_point.max(initial=0) <= 7)
 
 
 def _unit_of_columns(form: Form) -> int:
@@ -149,12 +161,14 @@ def _block(form: Form, columns: int) -> tuple[int, int]:
 
 def _codes_to_form(codes: Codes, form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     """Round int4 codes to codes and scales."""
-    words, bits = codes.values.elements[: codes.shape[0]], codes.scale.elements
+    words, bits, zero_point = codes.values.elements[: codes.shape[0]], codes.scale.elements, codes.plain_zero_point
+    # Codes are in offset binary, so that of 0 is 8.
+    zeros = None if zero_point is None else (zero_point + zero_point.dtype.type(8)).view("u1")
     if form.scale_dtype is DType.F8_E4M3:
-        return int4_to_e2m1_groups(words, bits, NVFP4_GLOBAL_SCALE)
+        return int4_to_e2m1_groups(words, bits, zeros, NVFP4_GLOBAL_SCALE)
     if form.scale_dtype is DType.U8:
-        return int4_to_e2m1_exponents(words, bits)
-    return int4_to_e4m3_blocks(words, bits, _block(form, codes.shape[1]), powers_of_two=form.powers_of_two)
+        return int4_to_e2m1_exponents(words, bits, zeros)
+    return int4_to_e4m3_blocks(words, bits, zeros, _block(form, codes.shape[1]), powers_of_two=form.powers_of_two)
 
 
 def _to_form(values: NDArray[np.float32], form: Form) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
