@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 from fresh_python import run_python
 
-from trtllm_ct.layouts.loops import kernels, machine_code, requantize_int4_kernels, requantize_kernels
+from trtllm_ct.layouts.loops import (
+    kernels,
+    machine_code,
+    requantize_int4_kernels,
+    requantize_int4_nvfp4_kernels,
+    requantize_kernels,
+)
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
 
 if TYPE_CHECKING:
@@ -26,7 +32,8 @@ LOOPS = [
     *(getattr(kernels, name) for name in kernels.__all__[1:]),
     *(requantize_kernels.e4m3_blocks, requantize_kernels.e2m1_with_e4m3_scales, requantize_kernels.e2m1_with_exponents),
     requantize_int4_kernels.e4m3_blocks,
-    requantize_int4_kernels.e2m1_with_e4m3_scales,
+    requantize_int4_nvfp4_kernels.e2m1_with_e4m3_scales,
+    requantize_int4_nvfp4_kernels.e2m1_with_e4m3_scales_and_zero_points,
     requantize_int4_kernels.e2m1_with_exponents,
 ]
 
