@@ -12,18 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import ir
 
-from trtllm_ct.layouts.loops import lanes
+from trtllm_ct.layouts.loops import lanes, machine_code
 from trtllm_ct.layouts.loops.lanes import (
+    add_histogram_of_word,
     add_scaled_bytes,
     dot_with_bytes,
     e4m3_of_codes,
     floats_of_bytes,
     highest_byte,
+    histogram_of_word,
     least_lane,
+    least_of_eight,
+    least_of_four,
     looked_up_bytes,
     looked_up_fields,
+    magnitudes_of_codes,
+    mapped_codes,
 )
 from trtllm_ct.layouts.loops.machine_code import kernel
+from trtllm_ct.layouts.loops.requantize_int4_kernels import number_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,11 +62,54 @@ def all_operations(
     looked_up_bytes(word[0], byte_S[:16], byte_S[16:])
 
 
-@kernel([1.0], [1.0], [[0] * 16])
-def e4m3(scale_N: NDArray[np.float32], inverse_N: NDArray[np.float32], code_NS: NDArray[np.uint8]) -> None:
+@kernel([1.0], [1.0], list(range(16)), [8] * 8 + [0] * 8, [[0] * 16])
+def e4m3(
+    scale_N: NDArray[np.float32],
+    inverse_N: NDArray[np.float32],
+    magnitude_I: NDArray[np.uint8],
+    sign_I: NDArray[np.uint8],
+    code_NI: NDArray[np.uint8],
+) -> None:
     """Write a row of codes for each scale."""
     for n in range(scale_N.shape[0]):
-        e4m3_of_codes(scale_N[n], inverse_N[n], code_NS[n])
+        e4m3_of_codes(scale_N[n], inverse_N[n], magnitude_I, sign_I, code_NI[n])
+
+
+@kernel(
+    *([5, 7], 3, *([table.tolist() for table in number_tables()[i]] for i in (0, 1, 3, 4, 5)), list(range(16))),
+    *([0] * 2, [[0] * 16] * 2),
+)
+def of_numbers(
+    word: NDArray[np.uint64],
+    zero: int,
+    magnitude_ZI: NDArray[np.uint8],
+    sign_ZI: NDArray[np.uint8],
+    counted_XI: NDArray[np.uint8],
+    above_ZI: NDArray[np.uint8],
+    below_ZI: NDArray[np.uint8],
+    code_X: NDArray[np.uint8],
+    words: NDArray[np.uint64],
+    byte_2I: NDArray[np.uint8],
+) -> None:
+    """Write the histogram of two words, the magnitudes of the first one, the largest of them, and its new codes."""
+    byte_X = word.view(np.uint8)
+    histogram_of_word(byte_X, np.uint64(0), counted_XI, above_ZI[zero], below_ZI[zero], byte_2I[0])
+    add_histogram_of_word(byte_X, np.uint64(8), counted_XI, above_ZI[zero], below_ZI[zero], byte_2I[0])
+    words[0] = magnitudes_of_codes(word[0], magnitude_ZI[zero], byte_2I[1])
+    words[1] = mapped_codes(word[0], code_X, np.uint64(0), magnitude_ZI[zero], sign_ZI[zero])
+
+
+@kernel([1] * 16, [64, 0] * 6, [3] * 128, [[-16] * 8] * 4, [0] * 2)
+def least(
+    magnitude_I: NDArray[np.uint8],
+    record_C: NDArray[np.uint16],
+    record_X: NDArray[np.uint8],
+    factor_4C: NDArray[np.int32],
+    words: NDArray[np.uint64],
+) -> None:
+    """Write the least error of the first eight candidates, and of four more."""
+    words[0] = least_of_eight(magnitude_I, record_C, np.uint64(0), record_X, factor_4C[:2], 0)
+    words[1] = least_of_four(magnitude_I, record_C, np.uint64(8), record_X, factor_4C[2:], 8)
 
 
 def fields(word: int) -> list[int]:
@@ -107,11 +157,52 @@ def test_codes_are_rounded_to_e4m3_as_torch_does() -> None:
     scales = np.exp2(np.arange(-14, 7, 0.01)).astype(np.float32)
     codes = np.zeros((len(scales), 16), np.uint8)
 
-    e4m3(scales, np.ones_like(scales), codes)
+    magnitudes = np.abs(np.arange(-12, 4))
+    e4m3(scales, np.ones_like(scales), magnitudes.astype(np.uint8), np.repeat([8, 0], [12, 4]).astype(np.uint8), codes)
 
-    numbers = np.clip(scales[:, None] * np.arange(-8, 8, dtype=np.float32), -448, 448)
+    numbers = np.clip(scales[:, None] * np.arange(-12, 4, dtype=np.float32), -448, 448)
     expected = torch.from_numpy(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     assert np.array_equal(codes, expected)
+
+
+@given(WORDS, WORDS, st.integers(0, 15), st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_numbers_are_differences_to_the_zero_point(word: int, other: int, zero: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 8, 16).astype(np.uint8)
+    words, stored = np.zeros(2, np.uint64), np.zeros((2, 16), np.uint8)
+    tables = [number_tables()[i] for i in (0, 1, 3, 4, 5)]
+    numbers, more = (np.array(fields(each)) - zero for each in (word, other))
+
+    of_numbers(np.array([word, other], np.uint64), zero, *tables, codes, words, stored)
+
+    magnitudes = np.abs(np.concatenate([numbers, more]))
+    assert stored[0].tolist() == [int((magnitudes == m).sum()) for m in range(1, 17)]
+    assert stored[1].tolist() == np.abs(numbers).tolist()
+    assert int(words[0]) == np.abs(numbers).max()
+    assert fields(int(words[1])) == [int(codes[abs(number)]) + 8 * int(number < 0) for number in numbers]
+
+
+@pytest.mark.parametrize("has_avx2", [True, False], ids=["as it is", "without AVX2"])
+def test_the_least_error_has_the_number_of_the_first_candidate(has_avx2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_code, "read_cached", lambda *_: None)
+    monkeypatch.setattr(machine_code, "write_cached", lambda *_: None)
+    if not has_avx2:
+        monkeypatch.setattr(lanes, "_has_avx2", lambda: False)
+    loop, random = kernel(*least._example)(least.__wrapped__), np.random.default_rng(0)
+    for _ in range(300):
+        magnitudes = random.integers(0, 16, 16).astype(np.uint8)
+        places = (32 * random.integers(0, 4, 12)).astype(np.uint16)
+        tables = random.integers(0, 181, (4, 2, 16)).astype(np.uint8)
+        factors = 16 * random.integers(-2000, 0, (4, 8)).astype(np.int32)
+        factors[2:, 4:] = factors[2:, :4]
+        words = np.zeros(2, np.uint64)
+
+        loop(magnitudes, places, tables.ravel(), factors, words)
+
+        sums = tables[places // 32][:, :, magnitudes].sum(-1, dtype=np.int64)
+        of_eight = (sums[:8] * factors[:2].T).sum(-1) + np.arange(8)
+        of_four = (sums[8:] * factors[2:, :4].T).sum(-1) + np.arange(8, 12)
+        assert words.tolist() == [int(each.min()) % 2**32 for each in (of_eight, of_four)]
 
 
 @pytest.mark.parametrize(
