@@ -5,8 +5,10 @@ bits. With scales in bfloat16, groups of columns come in few kinds: 128 mantissa
 magnitudes of numbers, up to 8 in symmetric weights and up to 15 in others. The exponent of the scale only shifts
 everything. What depends on the kind is computed once, in tables.
 
-- NVFP4: the squared error of each magnitude with each candidate. Of eleven candidates at most eight are the best for
-  any group whose magnitudes are at most 8; the others are left out.
+- NVFP4: of eleven candidates at most eight are the best for any group whose magnitudes are at most 8; the others are
+  left out. In symmetric weights, the squared error is a sum of squared errors of magnitudes, by how often each occurs.
+  With zero points it is a sum of integers, but for the values' own squares: of products of magnitudes and numbers of
+  E2M1, and of squares of these numbers, looked up for each code.
 - MXFP4: how much the squared error grows where the scale is halved, an integer for each magnitude. The histogram of a
   group, how often each magnitude occurs, gives the sum.
 - FP8 block scales: the squares of the values of a block by their mantissas are sums of squares of scales.
