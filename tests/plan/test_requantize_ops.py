@@ -30,16 +30,29 @@ CODES = RoundedCodes(result=TensorSpec(DType.U8, (6, 32)), form=NVFP4)
 SCALES = RoundedScale(result=TensorSpec(DType.F8_E4M3, (6, 4)), form=NVFP4)
 
 
+# How zero points are stored, of those that the format writes and plain ones.
+STORED_ZEROS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "packed": lambda packed, _: packed,
+    # Writers 0.9.4 to 0.10.2 add columns where rows don't fill the last word.
+    "with more columns": lambda packed, _: torch.cat([packed, torch.full_like(packed, 0x12345678)], dim=1),
+    "plain": lambda _, plain: plain,
+    "in bfloat16": lambda _, plain: plain.bfloat16(),
+}
+
+
 def int4_module(
     scale: Tensor | None = None,
     *,
     bits: int = 4,
     group_size: int | None = 32,
-    zero_point: int | None = None,
-    packed_zeros: bool = True,
+    zero_point: int | Tensor | None = None,
+    zeros: str = "packed",
     shape: tuple[int, int] = SHAPE,
 ) -> ModuleTensors:
-    """A weight in groups; its scales are those given, else of an ordinary size, in bfloat16."""
+    """A weight in groups; its scales are those given, else of an ordinary size, in bfloat16.
+
+    Zero points are those given, or random ones of which the last is the one given.
+    """
     torch.manual_seed(0)
     strategy = Strategy.CHANNEL if group_size is None else Strategy.GROUP
     args = QuantArgs(num_bits=bits, strategy=strategy, group_size=group_size, symmetric=zero_point is None)
@@ -50,14 +63,23 @@ def int4_module(
         packing=INT8_PLAIN,
         shape=shape,
         scale=given,
-        zero_point=None if zero_point is None else torch.full(grid, zero_point, dtype=torch.int8),
+        zero_point=None if zero_point is None else zero_points(grid, zero_point),
     )
     stored = encode(PACKED_INT, codes, args)
-    if codes.zero_point is not None and not packed_zeros:
-        stored["weight_zero_point"] = codes.zero_point
+    if codes.zero_point is not None:
+        stored["weight_zero_point"] = STORED_ZEROS[zeros](stored["weight_zero_point"], codes.zero_point)
     specs = {name: TensorSpec(DType.from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in stored.items()}
     weight = PACKED_INT.describe("lin", args, specs, shape, FaultCollector())
     return ModuleTensors(arrays(stored), weight, NATIVE.entry)
+
+
+def zero_points(grid: tuple[int, int], given: int | Tensor) -> Tensor:
+    """Zero points that differ by rows and groups, the last of them the one given; or those given."""
+    if not isinstance(given, int):
+        return given.to(torch.int8).expand(grid).contiguous()
+    made = torch.randint(-8, 8, grid, dtype=torch.int8)
+    made[-1, -1] = given
+    return made
 
 
 BY_CODES = ("int4_to_e2m1_groups", "int4_to_e2m1_exponents", "int4_to_e4m3_blocks")
@@ -104,11 +126,23 @@ ALL = frozenset({"nvfp4", "mxfp4", "fp8-block", "fp8"})
         pytest.param({"bits": 8}, frozenset(), id="8 bits"),
         pytest.param({"zero_point": 3}, ALL, id="zero points"),
         pytest.param({"zero_point": -8, "group_size": None}, ALL, id="a zero point for each row"),
-        pytest.param({"zero_point": -8, "packed_zeros": False}, ALL, id="plain zero points"),
-        pytest.param({"zero_point": 8, "packed_zeros": False}, frozenset(), id="zero points above all codes"),
-        pytest.param({"zero_point": -9, "packed_zeros": False}, frozenset(), id="zero points below all codes"),
+        pytest.param({"zero_point": 7, "zeros": "with more columns"}, ALL, id="zero points with more columns"),
+        pytest.param({"zero_point": -8, "zeros": "plain"}, ALL, id="plain zero points"),
+        pytest.param({"zero_point": 7, "zeros": "in bfloat16"}, ALL, id="zero points in bfloat16"),
+        pytest.param({"zero_point": torch.tensor(0)}, ALL, id="zero points that are all 0"),
+        pytest.param({"zero_point": 8, "zeros": "plain"}, frozenset(), id="a zero point above all codes"),
+        pytest.param({"zero_point": -9, "zeros": "plain"}, frozenset(), id="a zero point below all codes"),
+        pytest.param({"scale": torch.tensor(1.3125).bfloat16()}, ALL, id="the largest scale of NVFP4"),
+        # A number may be 15 with zero points, though it is at most 8 with these: values are at most 10.5 in NVFP4.
         pytest.param(
-            {"zero_point": 0, "scale": torch.tensor(1.0).bfloat16()}, ALL - {"nvfp4"}, id="zero points, large scales"
+            {"zero_point": torch.tensor(0), "scale": torch.tensor(179 / 256).bfloat16()},
+            ALL,
+            id="zero points, the largest scale of NVFP4",
+        ),
+        pytest.param(
+            {"zero_point": torch.tensor(0), "scale": torch.tensor(180 / 256).bfloat16()},
+            ALL - {"nvfp4"},
+            id="zero points, larger scales",
         ),
         pytest.param({"scale": torch.tensor(0.01)}, frozenset(), id="scales in float32"),
         pytest.param({"scale": torch.tensor(0.01).half()}, frozenset(), id="scales in float16"),
@@ -135,25 +169,36 @@ def test_codes_and_scales_are_those_of_the_values(
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8-block"])
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0)], ids=["no rows", "no columns"])
 @pytest.mark.parametrize("group_size", [32, None], ids=["groups", "a scale for each row"])
+@pytest.mark.parametrize("zeros", [None, "packed", "plain"], ids=["symmetric", "zero points", "plain zero points"])
 def test_an_empty_weight_is_not_rounded_by_its_codes(
-    name: str, shape: tuple[int, int], group_size: int | None, from_codes: list[tuple[int, ...]]
+    name: str, shape: tuple[int, int], group_size: int | None, zeros: str | None, from_codes: list[tuple[int, ...]]
 ) -> None:
-    assert not requantize_ops._is_rounded_by_codes(int4_module(shape=shape, group_size=group_size), FORMS[name])
+    with_zeros = {} if zeros is None else {"zero_point": torch.tensor(0), "zeros": zeros}
+    module = int4_module(shape=shape, group_size=group_size, **with_zeros)
+
+    assert not requantize_ops._is_rounded_by_codes(module, FORMS[name])
     assert not from_codes
 
 
 @pytest.mark.parametrize("name", sorted(ALL - {"nvfp4"}))
-def test_very_large_and_very_small_scales_are_dequantized(name: str, from_codes: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("zero_point", [None, 3], ids=["symmetric", "zero points"])
+def test_very_large_and_very_small_scales_are_dequantized(
+    name: str, zero_point: int | None, from_codes: list[tuple[int, ...]]
+) -> None:
     """Squared errors may be beyond the range of float32 there."""
     for scale in (2.0**41, 2.0**-41):
-        requantize_ops._round("lin.weight", int4_module(torch.tensor(scale).bfloat16()), FORMS[name])
+        module = int4_module(torch.tensor(scale).bfloat16(), zero_point=zero_point)
+        requantize_ops._round("lin.weight", module, FORMS[name])
 
     assert not from_codes
 
 
-def test_codes_and_scales_are_rounded_once_and_delivered_as_they_are(from_codes: list[tuple[int, ...]]) -> None:
-    tensors = int4_module()
-    codes, scales = requantize_ops._round("lin.weight", int4_module(), NVFP4)
+@pytest.mark.parametrize("zero_point", [None, 3], ids=["symmetric", "zero points"])
+def test_codes_and_scales_are_rounded_once_and_delivered_as_they_are(
+    zero_point: int | None, from_codes: list[tuple[int, ...]]
+) -> None:
+    tensors = int4_module(zero_point=zero_point)
+    codes, scales = requantize_ops._round("lin.weight", int4_module(zero_point=zero_point), NVFP4)
     from_codes.clear()
 
     assert np.array_equal(CODES.run("lin.weight", tensors).elements, codes)
@@ -166,8 +211,11 @@ def test_codes_and_scales_are_rounded_once_and_delivered_as_they_are(from_codes:
     [(2.0, "14"), (float("nan"), "nan"), (float("inf"), "inf"), (2.0**-20, "7.62939e-06")],
     ids=["too large", "NaN", "infinite", "too small"],
 )
-def test_what_values_are_refused_for_is_refused(scale: float, found: str, from_codes: list[tuple[int, ...]]) -> None:
-    module = int4_module(torch.tensor(scale).bfloat16())
+@pytest.mark.parametrize("zero_point", [None, torch.tensor(0)], ids=["symmetric", "zero points"])
+def test_what_values_are_refused_for_is_refused(
+    scale: float, found: str, zero_point: Tensor | None, from_codes: list[tuple[int, ...]]
+) -> None:
+    module = int4_module(torch.tensor(scale).bfloat16(), zero_point=zero_point)
 
     with pytest.raises(PayloadError, match=r"lin\.weight") as caught:
         CODES.run("lin.weight", module)
