@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from math import lcm
+from typing import TYPE_CHECKING, ClassVar
+from unittest.mock import Mock
 
 import hypothesis.strategies as st
+import oracles
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,17 +18,21 @@ from planned_modules import PADDED, delivered, plain_module, planned, raw_bytes
 
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.base.errors import PayloadError
-from trtllm_ct.base.schemes import TensorSpec
+from trtllm_ct.base.schemes import Element, TensorSpec
+from trtllm_ct.engine.requantization import FORMS
 from trtllm_ct.formats.marlin_24 import MARLIN_24
 from trtllm_ct.layouts.folds import Fold
 from trtllm_ct.layouts.packing import packed_words
+from trtllm_ct.plan import requantize_ops
 from trtllm_ct.plan.ops import FoldTransform, Repack
 from trtllm_ct.plan.plan import Delivery
 from trtllm_ct.plan.ranks.narrow import can_narrow, narrow, row_unit, weight_rows, weight_rows_per_row
+from trtllm_ct.plan.requantize_ops import RoundedCodes, RoundedScale
 from trtllm_ct.plan.stored import Whole
 
 if TYPE_CHECKING:
     from planned_modules import Planned
+    from torch import Tensor
 
     from trtllm_ct.plan.plan import ModulePlan
 
@@ -184,6 +191,65 @@ class TestParts:
         found = delivered(narrow(shaped, 4, 9), stored | {"m.weight_scale": scale})
 
         assert raw_bytes(found["m.weight"]) == raw_bytes(delivered(plan, stored)["m.weight"][4:9])
+
+
+def without_packed_zeros(plan: ModulePlan, stored: dict[str, Tensor]) -> Planned:
+    """The same weight with its zero points as plain int8."""
+    assert plan.weight is not None
+    assert plan.weight.zero_point_packing is not None
+    name, shape = "m.weight_zero_point", plan.weight.scale_shape
+    plain = torch.from_numpy(oracles.unpack(stored[name], plan.weight.zero_point_packing, shape)).to(torch.int8)
+    views = {**plan.views, "weight_zero_point": Whole(name=name, spec=TensorSpec(DType.I8, shape))}
+    weight = replace(plan.weight, zero_point_packing=None)
+    return replace(plan, views=views, weight=weight), stored | {name: plain}
+
+
+class TestRequantized:
+    """Rows of a weight that is rounded to a form have the codes and scales that they have in the whole weight."""
+
+    # The shape and dtype of scales for weights of 300 rows and 128 columns.
+    SCALES: ClassVar = {
+        "nvfp4": TensorSpec(DType.F8_E4M3, (300, 8)),
+        "mxfp4": TensorSpec(DType.U8, (300, 4)),
+        "fp8-block": TensorSpec(DType.F32, (3, 1)),
+        "fp8": TensorSpec(DType.F32, (300,)),
+    }
+
+    @pytest.mark.parametrize("form", SCALES)
+    @pytest.mark.parametrize(
+        ("scheme", "plain_zeros", "rows_of_a_word"),
+        [
+            ("int4-g32", False, 1),
+            ("int4-g32-asym", False, 8),
+            ("int4-g32-asym", True, 1),
+            ("int4-channel-asym", False, 8),
+            ("int4-channel-asym", True, 1),
+        ],
+    )
+    def test_the_parts_together_deliver_the_whole_module(
+        self, form: str, scheme: str, plain_zeros: bool, rows_of_a_word: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan, stored = planned(scheme, (300, 128))
+        plan, stored = without_packed_zeros(plan, stored) if plain_zeros else (plan, stored)
+        codes = TensorSpec(DType.U8, (300, 64))
+        if FORMS[form].element is not Element.E2M1:
+            codes = TensorSpec(DType.F8_E4M3, (300, 128))
+        operations = {
+            "m.weight": RoundedCodes(result=codes, form=FORMS[form]),
+            "m.weight_scale": RoundedScale(result=self.SCALES[form], form=FORMS[form]),
+        }
+        plan = replace(plan, deliveries=tuple(Delivery(name=name, operation=made) for name, made in operations.items()))
+        by_values = Mock(side_effect=requantize_ops._to_form)
+        monkeypatch.setattr(requantize_ops, "_to_form", by_values)
+
+        unit = row_unit(plan)
+        bounds = pairwise([0, unit, 299 // unit * unit, 300])
+        whole, parts = delivered(plan, stored), [delivered(narrow(plan, *each), stored) for each in bounds]
+
+        assert unit == lcm(FORMS[form].row_unit, rows_of_a_word)
+        assert not by_values.called
+        for name, tensor in whole.items():
+            assert b"".join(raw_bytes(part[name]) for part in parts) == raw_bytes(tensor), name
 
 
 class TestPlain:
