@@ -167,10 +167,19 @@ def asked_for(form: str, built: Built, scales: Path) -> Requantize:
 SM_OF_FORM = {"fp8-block": 90, "nvfp4": 90, "mxfp4": 90, "w4a8-awq": 90, "nvfp4-w4a4": 100}
 
 
-@pytest.mark.parametrize("form", SM_OF_FORM)
-def test_bytes_do_not_depend_on_workers(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor on tiles: those of the last conversions have 128 rows."""
-    built = built_mixture(tmp_path / "in", scheme="int4-g128")
+@pytest.mark.parametrize(
+    ("form", "scheme"),
+    [
+        *((form, "int4-g128") for form in SM_OF_FORM),
+        # Words of zero points hold eight rows; w4a8-awq is for symmetric codes.
+        *((form, "int4-g128-asym") for form in SM_OF_FORM if form != "w4a8-awq"),
+    ],
+)
+def test_bytes_do_not_depend_on_workers(
+    tmp_path: Path, form: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on tiles: those of the last conversions have as few rows as there can be."""
+    built = built_mixture(tmp_path / "in", scheme=scheme)
     asked = asked_for(form, built, tmp_path / "scales")
     options: dict[str, Any] = {"engine": "stock-1.3", "sm": SM_OF_FORM[form], "requantize": asked}
 
