@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GLOBAL = 2.0**-8
-LARGEST_SCALE = LARGEST_OF_NVFP4 * GLOBAL / 15
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
 POWERS = 2.0 ** (np.arange(256) - 127.0)
@@ -64,6 +64,11 @@ def values_of(
 def offset_binary(zeros: NDArray[np.int64] | None) -> NDArray[np.uint8] | None:
     """Zero points as the functions take them."""
     return None if zeros is None else (zeros + 8).astype(np.uint8)
+
+
+def largest_scale(*, with_zeros: bool) -> float:
+    """The largest scale of weights that NVFP4 holds: numbers are at most 8, or 15."""
+    return LARGEST_OF_NVFP4 * GLOBAL / (15 if with_zeros else 8)
 
 
 def e2m1_errors(
@@ -164,9 +169,9 @@ def zeros_of(request: pytest.FixtureRequest) -> Callable[..., NDArray[np.int64] 
 def test_the_result_is_that_of_the_values(
     check: Callable[..., None], groups: int, spread: float, zeros_of: Callable[..., NDArray[np.int64] | None]
 ) -> None:
-    scale = np.exp(np.random.default_rng(groups).normal(-5, spread, (300, groups))).clip(1e-7, LARGEST_SCALE)
+    scale, zeros = np.exp(np.random.default_rng(groups).normal(-5, spread, (300, groups))), zeros_of((300, groups), 9)
 
-    check(random_codes((300, 256)), scale, zeros_of((300, groups), 9))
+    check(random_codes((300, 256)), scale.clip(1e-7, largest_scale(with_zeros=zeros is not None)), zeros)
 
 
 @pytest.mark.parametrize("check", [check_groups, check_blocks])
@@ -182,11 +187,11 @@ def test_scales_may_be_those_of_few_words(
 @pytest.mark.parametrize("with_zeros", [False, True], ids=["symmetric", "zero points"])
 def test_every_mantissa_and_every_largest_magnitude(with_zeros: bool) -> None:
     """All kinds of groups occur, each with several exponents of the scale, down to candidates that are subnormal."""
-    most = 15 if with_zeros else 8
+    most, limit_of_scales = 15 if with_zeros else 8, largest_scale(with_zeros=with_zeros)
     mantissas, largest = np.meshgrid(np.arange(128), np.arange(most + 1), indexing="ij")
     random, limit = np.random.default_rng(0), largest.ravel()[:, None]
     for exponent in (-14, -12, -10, -7, -3, 0):
-        scale = ((1 + mantissas.ravel() / 128) * 2.0**exponent)[:, None].clip(0, LARGEST_SCALE)
+        scale = ((1 + mantissas.ravel() / 128) * 2.0**exponent)[:, None].clip(0, limit_of_scales)
         # A zero point that leaves room for the largest magnitude below it or above it.
         below = random.integers(0, 2, limit.shape).astype(bool)
         zeros = np.where(below, random.integers(limit, 16), random.integers(0, 16 - limit)) - 8
@@ -195,17 +200,18 @@ def test_every_mantissa_and_every_largest_magnitude(with_zeros: bool) -> None:
         lowest, highest = np.maximum(zeros - limit, -8), np.minimum(zeros + limit, 7)
         codes = random.integers(lowest, highest + 1, (limit.size, 32))
         codes[:, ::16] = zeros + sign * limit
-        for check in (check_groups, check_exponents):
+        for check in (check_groups, check_exponents, partial(check_blocks, block=(1, 32))):
             check(codes, scale, zeros if with_zeros else None)
 
 
 @given(
     st.lists(st.integers(-8, 7), min_size=32, max_size=32),
-    st.floats(2.0**-20, LARGEST_SCALE),
+    st.floats(2.0**-20, largest_scale(with_zeros=False)),
     st.none() | st.integers(-8, 7),
 )
 @settings(max_examples=300, deadline=None)
 def test_any_group(codes: list[int], scale: float, zero: int | None) -> None:
+    scale = min(scale, largest_scale(with_zeros=zero is not None))
     for check in CHECKS:
         check(np.array([codes]), np.array([[scale]]), None if zero is None else np.array([[zero]]))
 
@@ -216,6 +222,19 @@ def test_any_group(codes: list[int], scale: float, zero: int | None) -> None:
 def test_a_constant_weight(check: Callable[..., None], code: int, zero: int | None) -> None:
     """Of zeros, too: of codes that are the zero point."""
     check(np.full((3, 64), code), np.full((3, 2), 0.01), None if zero is None else np.full((3, 2), zero))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_zeros_beside_other_groups(
+    check: Callable[..., None], zeros_of: Callable[..., NDArray[np.int64] | None]
+) -> None:
+    """A block, a row, a group and half a group have codes that are their zero points."""
+    codes, zeros = random_codes((256, 256)), zeros_of((256, 8), 3)
+    zero = np.repeat(np.zeros((256, 8), int) if zeros is None else zeros, 32, axis=1)
+    for place in (np.s_[:128, :128], np.s_[130], np.s_[140, 32:64], np.s_[150, 16:32]):
+        codes[place] = zero[place]
+
+    check(codes, np.full((256, 8), 0.01), zeros)
 
 
 @pytest.mark.parametrize("function", [int4_to_e2m1_groups, int4_to_e2m1_exponents, int4_to_e4m3_blocks])
@@ -311,8 +330,10 @@ class TestBlocks:
 
         check_blocks(random_codes((150, 384)), scale, zeros_of((150, groups), 4), block)
 
-    def test_at_the_end_may_be_smaller(self) -> None:
-        check_blocks(random_codes((129, 160)), np.exp(np.random.default_rng(0).normal(-5, 0.3, (129, 5))))
+    def test_at_the_end_may_be_smaller(self, zeros_of: Callable[..., NDArray[np.int64] | None]) -> None:
+        scale = np.exp(np.random.default_rng(0).normal(-5, 0.3, (129, 5)))
+
+        check_blocks(random_codes((129, 160)), scale, zeros_of((129, 5), 5))
 
     def test_whose_scales_differ_by_powers_of_two_are_exact(self) -> None:
         codes = random_codes((128, 128)) | 1
@@ -331,13 +352,6 @@ class TestBlocks:
 
         check_blocks(random_codes((128, 128)), scale, zeros_of((128, 4), 6))
 
-    def test_of_zeros_beside_others(self) -> None:
-        codes = random_codes((256, 256))
-        codes[:128, :128] = 0
-        codes[130] = 0
-
-        check_blocks(codes, np.full((256, 8), 0.01))
-
 
 @pytest.mark.parametrize("rows", [1, 70])
 def test_many_groups_whose_scales_are_extreme(
@@ -345,10 +359,11 @@ def test_many_groups_whose_scales_are_extreme(
 ) -> None:
     """They are rounded by their values, some at a time, in long rows of which the last one is not full."""
     monkeypatch.setattr(requantize_int4, "_GROUPS_BY_VALUES", 150)
-    scale = np.random.default_rng(rows).uniform(0.4, LARGEST_SCALE, (rows, 6))
+    zeros = zeros_of((rows, 6), 7)
+    scale = np.random.default_rng(rows).uniform(0.45, 1, (rows, 6)) * largest_scale(with_zeros=zeros is not None)
     scale[:, ::3] = 2.0**-17
 
-    check_groups(random_codes((rows, 192)), scale, zeros_of((rows, 6), 7))
+    check_groups(random_codes((rows, 192)), scale, zeros)
 
 
 @pytest.mark.parametrize("function", [int4_to_e2m1_groups, int4_to_e2m1_exponents, int4_to_e4m3_blocks])
@@ -369,28 +384,32 @@ def test_words_need_not_be_aligned_or_contiguous(function: Callable[..., Result]
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "check"),
+    ("module", "name", "check", "kinds"),
     [
-        (requantize_int4_kernels, "e2m1_with_exponents", check_exponents),
-        (requantize_int4_kernels, "e4m3_blocks", check_blocks),
-        (requantize_int4_nvfp4_kernels, "e2m1_with_e4m3_scales", check_groups),
-        (requantize_int4_nvfp4_kernels, "e2m1_with_e4m3_scales_and_zero_points", check_groups),
+        (requantize_int4_kernels, "e2m1_with_exponents", check_exponents, (False, True)),
+        (requantize_int4_kernels, "e4m3_blocks", check_blocks, (False, True)),
+        (requantize_int4_nvfp4_kernels, "e2m1_with_e4m3_scales", check_groups, (False,)),
+        (requantize_int4_nvfp4_kernels, "e2m1_with_e4m3_scales_and_zero_points", check_groups, (True,)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_processors_without_an_instruction_for_tables(
-    module: ModuleType, name: str, check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    module: ModuleType,
+    name: str,
+    check: Callable[..., None],
+    kinds: tuple[bool, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bytes are looked up one by one there, with the same result."""
+    """Bytes are looked up one by one there, with the same result, with and without zero points."""
     codes, scale = random_codes((130, 256)), np.exp(np.random.default_rng(0).normal(-5, 0.3, (130, 8)))
-    zeros = None if name == "e2m1_with_e4m3_scales" else random_codes((130, 8), 1)
     monkeypatch.setattr(machine_code, "read_cached", lambda *_: None)
     monkeypatch.setattr(machine_code, "write_cached", lambda *_: None)
     monkeypatch.setattr(lanes, "_LOOK_UP", {})
     loop = getattr(module, name)
     monkeypatch.setattr(module, name, kernel(*loop._example)(loop.__wrapped__))
 
-    check(codes, scale, zeros)
+    for with_zeros in kinds:
+        check(codes, scale, random_codes((130, 8), 1) if with_zeros else None)
 
 
 @pytest.mark.parametrize("limit", [2.0**-40, 2.0**39])
