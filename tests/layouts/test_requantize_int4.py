@@ -89,8 +89,9 @@ def least_errors(values: NDArray[np.float32], width: int, scales: NDArray[np.flo
 def check_e2m1(
     codes: NDArray[np.int64], values: NDArray[np.float32], found: Result, expected: Result, numbers: NDArray[np.float64]
 ) -> None:
-    """Compare with what values give: the same bits, unless two scales have the same error."""
+    """Compare with what values give: the same bits, unless two scales of numbers have the same error."""
     same = found[1] == expected[1]
+    assert same[~values.reshape(*same.shape, -1).any(-1)].all(), "a group of zeros has another scale"
     width = codes.shape[1] // same.shape[1]
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype == np.uint8
@@ -134,7 +135,7 @@ def check_blocks(
     zeros: NDArray[np.int64] | None = None,
     block: tuple[int, int] = (128, 128),
 ) -> None:
-    """Compare with what values give: the same bits, unless two scales have the same error."""
+    """Compare with what values give: the same bits, unless two scales of numbers have the same error."""
     bits, numbers = bfloat16(scale)
     values = values_of(codes, numbers, zeros)
     for powers_of_two in (False, True):
@@ -144,6 +145,8 @@ def check_blocks(
             assert one.dtype == other.dtype
             assert one.shape == other.shape
         same = found[1] == expected[1]
+        are_zeros = e4m3_errors(values, np.zeros_like(found[0]), found[1], block) == 0
+        assert same[are_zeros].all(), "a block of zeros has another scale"
         alike = np.repeat(np.repeat(same, block[0], 0), block[1], 1)[: codes.shape[0], : codes.shape[1]]
         assert np.array_equal(found[0][alike], expected[0][alike])
         errors = (e4m3_errors(values, *result, block) for result in (found, expected))
