@@ -206,6 +206,8 @@ def _check_zero_point(name: str, weight: StoredWeight, zero_point: NDArray[Any],
     if not weight.has_zero_point:
         _check_leftover_zero_point(name, zero_point, faults)
         return
+    if not zero_point.size:
+        return
     half = 1 << (weight.args.num_bits - 1)
     fraction = (zero_point != np.rint(zero_point)) | np.isinf(zero_point)
     if fraction.any():

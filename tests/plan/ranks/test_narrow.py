@@ -358,3 +358,15 @@ class TestWhatCanNotBeParted:
 
         assert can_narrow(plan)
         assert can_narrow(replace(plan, deliveries=(Delivery(name="m.weight", operation=folded),))) is possible
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-g32", "int4-g32-asym", "int8-channel-asym", "int8-plain-channel-asym", "fp8-channel-token"]
+)
+def test_no_rows_of_a_module_are_an_empty_part(name: str) -> None:
+    plan, stored = planned(name, (16, 64))
+
+    parts = delivered(narrow(plan, 16, 16), stored)
+
+    assert all(0 in part.shape for part in parts.values())
+    assert parts
