@@ -321,6 +321,40 @@ def test_integers_are_the_errors_of_groups_with_zero_points(largest: int) -> Non
         assert np.allclose(of_chosen, errors.min(-1), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("exponent", [-60, -20, -11, -1, 0, 1, 4, 20])
+def test_the_global_scale_may_be_any_power_of_two(
+    exponent: int, zeros_of: Callable[..., NDArray[np.int64] | None]
+) -> None:
+    """Scales are given with it: the codes and scales of groups are those of another global scale."""
+    factor, zeros = 2.0 ** (exponent + 8), offset_binary(zeros_of((40, 8), 2))
+    scale = np.exp(np.random.default_rng(2).uniform(-12, -0.5, (40, 8)))
+    codes = packed(random_codes((40, 128), 2))
+
+    found = int4_to_e2m1_groups(codes, bfloat16(scale * factor)[0], zeros, GLOBAL * factor)
+
+    expected = int4_to_e2m1_groups(codes, bfloat16(scale)[0], zeros, GLOBAL)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("function", [int4_to_e2m1_groups, int4_to_e2m1_exponents, int4_to_e4m3_blocks])
+def test_zero_points_belong_to_scales(function: Callable[..., Result]) -> None:
+    more = (GLOBAL,) if function is int4_to_e2m1_groups else ()
+    bits, _ = bfloat16(np.full((4, 2), 0.01))
+
+    with pytest.raises(AssertionError, match=r"zero points are \(4, 1\), and scales \(4, 2\)"):
+        function(packed(random_codes((4, 64))), bits, np.zeros((4, 1), np.uint8), *more)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("function", [int4_to_e2m1_groups, int4_to_e2m1_exponents, int4_to_e4m3_blocks])
+def test_a_weight_without_rows_stays_empty(function: Callable[..., Result], rows: int) -> None:
+    more = (GLOBAL,) if function is int4_to_e2m1_groups else ()
+
+    codes, _ = function(packed(random_codes((3, 64)))[:rows], bfloat16(np.full((3, 2), 0.01))[0][:rows], None, *more)
+
+    assert codes.shape == (rows, 64 if function is int4_to_e4m3_blocks else 32)
+
+
 class TestBlocks:
     """FP8 blocks of every size and kind have the bits that their values give."""
 
@@ -408,6 +442,7 @@ def test_processors_without_an_instruction_for_tables(
     monkeypatch.setattr(machine_code, "read_cached", lambda *_: None)
     monkeypatch.setattr(machine_code, "write_cached", lambda *_: None)
     monkeypatch.setattr(lanes, "_LOOK_UP", {})
+    monkeypatch.setattr(lanes, "_has_avx2", lambda: False)
     loop = getattr(module, name)
     monkeypatch.setattr(module, name, kernel(*loop._example)(loop.__wrapped__))
 

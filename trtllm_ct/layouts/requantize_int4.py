@@ -27,7 +27,6 @@ from trtllm_ct.base.dtypes import DType
 from trtllm_ct.layouts.loops.huge_pages import empty
 from trtllm_ct.layouts.requantize import block_peaks, to_e2m1_groups
 from trtllm_ct.layouts.requantize_int4_tables import (
-    EXPONENT,
     MANTISSAS,
     SYMMETRIC,
     WORD,
@@ -35,6 +34,7 @@ from trtllm_ct.layouts.requantize_int4_tables import (
     mxfp4_tables,
     nvfp4_symmetric_tables,
     nvfp4_tables,
+    table_exponent,
 )
 
 if TYPE_CHECKING:
@@ -69,13 +69,13 @@ def int4_to_e2m1_groups(
     weight = _weight(words_OW, scale_OG, zero_OG)
     e2m1_OB, e4m3_OB = np.empty_like(weight.codes), np.empty(weight.codes.shape, np.uint8)
     (_write_symmetric if zero_OG is None else _write_with_zero_points)(weight, global_scale, e2m1_OB, e4m3_OB)
-    if not e4m3_OB.min():
+    if not e4m3_OB.min(initial=1):
         _round_by_values(weight, global_scale, e2m1_OB, e4m3_OB)
     return e2m1_OB.view(np.uint8), e4m3_OB
 
 
 def _write_symmetric(weight: _Weight, global_scale: float, e2m1_OB: Words, e4m3_OB: Bytes) -> None:
-    """Write codes and scales of NVFP4; the scale of a group without a result is 0."""
+    """Write codes and scales of a weight without zero points; the scale of a group without a result is 0."""
     import numpy as np
 
     from trtllm_ct.layouts.loops import requantize_int4_nvfp4_kernels as kernels
@@ -83,22 +83,22 @@ def _write_symmetric(weight: _Weight, global_scale: float, e2m1_OB: Words, e4m3_
 
     tables, row = nvfp4_symmetric_tables(global_scale), e2m1_OB.shape[1]
     kernels.e2m1_with_e4m3_scales(
-        *(weight.codes, weight.scale, weight.words, EXPONENT, tables.above, number_tables().pair),
+        *(weight.codes, weight.scale, weight.words, table_exponent(global_scale), tables.above, number_tables().pair),
         *(tables.first, tables.steps, tables.errors, tables.maps),
         *(empty((row, 8), DType.F32), np.empty(row, np.uint64), e2m1_OB, e4m3_OB),
     )
 
 
 def _write_with_zero_points(weight: _Weight, global_scale: float, e2m1_OB: Words, e4m3_OB: Bytes) -> None:
-    """Write codes and scales of NVFP4; the scale of a group without a result is 0."""
+    """Write codes and scales of a weight with zero points; the scale of a group without a result is 0."""
     import numpy as np
 
     from trtllm_ct.layouts.loops import requantize_int4_nvfp4_kernels as kernels
     from trtllm_ct.layouts.loops.requantize_int4_kernels import number_tables
 
-    tables, numbers, row = nvfp4_tables(global_scale), number_tables(), e2m1_OB.shape[1]
+    tables, row = nvfp4_tables(global_scale), e2m1_OB.shape[1]
     kernels.e2m1_with_e4m3_scales_and_zero_points(
-        *(*weight[:-1], _places(row, weight.words), EXPONENT, tables.above, numbers.magnitude, numbers.sign),
+        *(*weight[:-1], _places(row, weight.words), table_exponent(global_scale), tables.above, *number_tables()[:2]),
         *(tables.first, tables.steps, tables.places, tables.records, tables.factors),
         *(np.empty((row, WORD), np.uint8), np.empty(row, np.uint64), np.empty((2, row), np.uint64), e2m1_OB, e4m3_OB),
     )
@@ -180,7 +180,7 @@ def int4_to_e4m3_blocks(
         *(e4m3_OBI, scale_YX),
     )
     kernels.e4m3_blocks(*arguments)
-    return e4m3_OBI.reshape(rows, -1), scale_YX
+    return e4m3_OBI.reshape(rows, row * WORD), scale_YX
 
 
 def _halves(zero_OG: Bytes | None) -> int:
@@ -204,6 +204,8 @@ def _weight(words_OW: NDArray[np.int32], scale_OG: NDArray[np.uint16], zero_OG: 
     """Return a weight as loops take it."""
     import numpy as np
 
+    if zero_OG is not None and zero_OG.shape != scale_OG.shape:
+        raise AssertionError(f"zero points are {zero_OG.shape}, and scales {scale_OG.shape}")
     codes = np.require(words_OW, requirements="C").view(np.uint64)
     zero = np.full(scale_OG.shape, SYMMETRIC, np.uint8) if zero_OG is None else np.require(zero_OG, requirements="C")
     return _Weight(codes, np.require(scale_OG, requirements="C"), zero, codes.shape[1] // scale_OG.shape[1])

@@ -7,6 +7,7 @@ lanes of them, `R` records.
 from __future__ import annotations
 
 from functools import cache
+from math import log2
 from typing import TYPE_CHECKING, NamedTuple
 
 from trtllm_ct.base.dtypes import DType
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     Words = NDArray[np.uint64]
 
 __all__ = [
-    "EXPONENT",
     "MANTISSAS",
     "SYMMETRIC",
     "WORD",
@@ -31,6 +31,7 @@ __all__ = [
     "mxfp4_tables",
     "nvfp4_symmetric_tables",
     "nvfp4_tables",
+    "table_exponent",
 ]
 
 WORD = 16
@@ -41,9 +42,6 @@ MANTISSAS = 128
 
 SYMMETRIC = 8
 """The zero point of symmetric weights, and the largest magnitude of their numbers."""
-
-EXPONENT = 127 - 5
-"""The biased exponent of the scales that tables of NVFP4 are made for; candidates are normal numbers of E4M3 there."""
 
 _MAGNITUDES = 16
 """The magnitudes of numbers, from 0 on."""
@@ -75,7 +73,7 @@ class SymmetricNvfp4Tables(NamedTuple):
 
 @cache
 def nvfp4_symmetric_tables(global_scale: float) -> SymmetricNvfp4Tables:
-    """Return the tables for scales of bfloat16 with the exponent `EXPONENT`."""
+    """Return the tables for scales of bfloat16 with the exponent `table_exponent`."""
     import numpy as np
 
     scale_S, largest_S, bits_CS = _kinds(global_scale, SYMMETRIC)
@@ -122,7 +120,7 @@ class Nvfp4Tables(NamedTuple):
 
 @cache
 def nvfp4_tables(global_scale: float) -> Nvfp4Tables:
-    """Return the tables for scales of bfloat16 with the exponent `EXPONENT`."""
+    """Return the tables for scales of bfloat16 with the exponent `table_exponent`."""
     import numpy as np
 
     scale_S, largest_S, bits_CS = _kinds(global_scale, _MAGNITUDES - 1)
@@ -140,11 +138,20 @@ def nvfp4_tables(global_scale: float) -> Nvfp4Tables:
     return Nvfp4Tables(bits_CS[0], len(bits_CS) - 1, bits_SL.ravel(), places, records, factors)
 
 
+def table_exponent(global_scale: float) -> int:
+    """Return the biased exponent of the scales that tables of NVFP4 are made for.
+
+    Eight times the global scale is in the middle of the range where all candidates are normal numbers of E4M3, whatever
+    the largest magnitude is.
+    """
+    return 127 + 3 + int(log2(global_scale))
+
+
 def _kinds(global_scale: float, largest: int) -> tuple[Floats, NDArray[np.int64], Bytes]:
     """Return the scale and the largest magnitude of each kind, [S], and the bits of its candidates, uint8 [C, S]."""
     import numpy as np
 
-    scale_S = np.repeat(_scales(EXPONENT), largest + 1)
+    scale_S = np.repeat(_scales(table_exponent(global_scale)), largest + 1)
     largest_S = np.tile(np.arange(largest + 1), MANTISSAS)
     return scale_S, largest_S, nvfp4_candidates(scale_S * largest_S.astype(np.float32), global_scale)
 

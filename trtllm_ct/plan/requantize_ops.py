@@ -131,7 +131,13 @@ def _is_rounded_by_codes(module: ModuleTensors, form: Form) -> bool:
     codes, (rows, columns) = module.codes, module.codes.shape
     scale, group = codes.scale, module.weight.group_columns or columns
     int4 = codes.packing == packed_words(4) and codes.element is Element.INT and _zero_points_are_codes(codes)
-    if not int4 or codes.group_index is not None or scale.dtype is not DType.BF16 or not rows * columns:
+    if (
+        not int4
+        or codes.divisor is not None
+        or codes.group_index is not None
+        or scale.dtype is not DType.BF16
+        or not rows * columns
+    ):
         return False
     # All groups of a row have the same size: a smaller one at its end is left to values.
     if scale.shape != (rows, columns // group) or columns % group or group % _unit_of_columns(form):

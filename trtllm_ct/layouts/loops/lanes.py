@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 LANES = 8
-"""The float32 numbers of a register of AVX2, and the magnitudes of signed int4 codes above 0."""
+"""The float32 numbers of a register of AVX2, and the magnitudes of a half of a histogram."""
 
 AT_ONCE = 16
 """The groups, and the values of each, that are rounded by one operation."""
@@ -159,7 +159,8 @@ def least_of_eight(
 
     `magnitude_I` are the magnitudes, uint8 [16], up to 15. `record_C` has from `first` on the places of the candidates'
     records in `record_X`. A record has two tables of sixteen bytes, by magnitude. The error of a candidate is the sum
-    of both tables' sums times its factors, int32 [2, 8]: a multiple of sixteen from -2^32 to 0.
+    of both tables' sums times its factors, int32 [2, 8]: a multiple of sixteen between -2^32 and 0, or 0
+    for all candidates.
     The result is a uint32 in the order of errors, with the number of the first candidate that has the least error in
     its last four bits; numbers count from `number`.
     """
@@ -236,7 +237,7 @@ def _looked_up_in_both(build: Any, tables: Any, index: Any) -> Any:
 
 def _has_avx2() -> bool:
     """Whether loops may have instructions of AVX2."""
-    return bool(_LOOK_UP and llvm.get_host_cpu_features().get("avx2"))
+    return bool(llvm.get_host_cpu_features().get("avx2"))
 
 
 @operation("uint64")

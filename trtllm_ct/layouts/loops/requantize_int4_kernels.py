@@ -253,13 +253,9 @@ def e4m3_blocks(
             _squares_of_sums(halves, square_SHM, bin_SHM, sum_SHM, squares)
             candidate_scales(largest, peaks, powers_of_two, candidates_3C[0])
             best, exact = finalists(numbers, squares, candidates_3C)
-            scale = candidates_3C[0, best]
-            if exact != best:
-                other = candidates_3C[0, exact]
-                of_best = _error_of_block(histograms, bits, group_R, runs, scale)
-                of_other = _error_of_block(histograms, bits, group_R, runs, other)
-                scale = other if of_other <= of_best else scale
-            scale_YX[y, x] = scale
+            scale_YX[y, x] = _better_scale(
+                histograms, bits, group_R, runs, candidates_3C[0, best], candidates_3C[0, exact]
+            )
         for n in range(begin, end):
             _maps_of_row(bits_OG[n], zero_OG[n], group_R, width, magnitude_ZI, sign_ZI, scale_YX[y], map_RI)
             codes_B, e4m3_BI = codes_OB[n], e4m3_OBI[n]
@@ -296,6 +292,23 @@ def _sums_of_block(
             if halves > 1:
                 add_scaled_bytes(histogram[1], square, sum_SHM[mantissa, 1])
     return f32(largest)
+
+
+@inner
+def _better_scale(
+    histogram_OR2: Words,
+    bits_OG: NDArray[np.uint16],
+    group_R: Places,
+    place: tuple[int, int, int],
+    best: np.float32,
+    exact: np.float32,
+) -> np.float32:
+    """Return the one of two scales with the least error of a block; `place` is as in `_sums_of_block`."""
+    if exact == best:
+        return best
+    of_best = _error_of_block(histogram_OR2, bits_OG, group_R, place, best)
+    of_exact = _error_of_block(histogram_OR2, bits_OG, group_R, place, exact)
+    return exact if of_exact <= of_best else best
 
 
 @inner

@@ -37,22 +37,33 @@ __all__ = ["e2m1_with_e4m3_scales", "e2m1_with_e4m3_scales_and_zero_points"]
 
 u8, u32, u64, i64 = np.uint8, np.uint32, np.uint64, np.int64
 
-_KINDS_OF_MANTISSA, _LARGEST = u64(9), u64(16)
-"""The largest magnitudes that a group may have, from 0 to 8 and, with zero points, to 15."""
+_SYMMETRIC_KINDS, _KINDS, _LANES = u64(9), u64(16), u64(16)
+"""The kinds of groups for each mantissa: largest magnitudes from 0 to 8 in symmetric weights, and from 0 to 15 with
+zero points, where each kind has sixteen lanes."""
 
-_LANES = u64(16)
-"""The lanes of a kind of group with zero points."""
+_LARGEST_OF_SYMMETRIC = u64(8)
+"""Groups with larger magnitudes have more scales that may be the best."""
 
 _CODES = [[0x7F80899ABCDEF012, 0x8888888888888888], [0x1234567887654321, 0x0]]
 _BITS, _ZEROS = [[0x3D81, 0x3C00], [0x3F81, 0x0001]], [[8, 8], [3, 0]]
 _MAGNITUDE, _SIGN, _PAIR = (table.tolist() for table in number_tables()[:3])
 # Tables for the two mantissas of the example's scales, instead of 128.
-_KINDS = 18
+_EXAMPLE_SYMMETRIC_KINDS, _EXAMPLE_KINDS = 18, 32
 
 
 @kernel(
-    *(_CODES, _BITS, 1, 122, 10, _PAIR, [20] * _KINDS, list(range(20, 28)) * (_KINDS + 2)),
-    *([[[float(m * (c + 1) % 7) for c in range(8)] for m in range(8)]] * (_KINDS + 2), _CODES[1] * 4 * (_KINDS + 2)),
+    *(
+        _CODES,
+        _BITS,
+        1,
+        122,
+        10,
+        _PAIR,
+        [20] * _EXAMPLE_SYMMETRIC_KINDS,
+        list(range(20, 28)) * (_EXAMPLE_SYMMETRIC_KINDS + 2),
+    ),
+    [[[float(m * (c + 1) % 7) for c in range(8)] for m in range(8)]] * (_EXAMPLE_SYMMETRIC_KINDS + 2),
+    _CODES[1] * 4 * (_EXAMPLE_SYMMETRIC_KINDS + 2),
     *([[0.0] * 8] * 2, [0] * 2, [[0] * 2] * 2, [[0] * 2] * 2),
 )
 def e2m1_with_e4m3_scales(
@@ -111,7 +122,7 @@ def _slots(
     zeros, none = u64(first_S.shape[0]), u64(first_S.shape[0] + 1)
     for g in range(bits_G.shape[0]):
         bits = u32(bits_G[g])
-        kind = u64(bits & u32(127)) * _KINDS_OF_MANTISSA
+        kind = u64(bits & u32(127)) * _SYMMETRIC_KINDS
         shift = 8 * (i64(bits >> u32(7)) - exponent)
         are_normal = first_S[kind + u64(1)] + shift >= 8 and first_S[kind + u64(8)] + shift + above <= 126
         for b in range(u64(g * words), u64((g + 1) * words)):
@@ -124,15 +135,11 @@ def _slots(
             shift_B[b] = u8(shift) if normal and largest != u64(0) else u8(0)
 
 
-# Numbers have magnitudes up to 15: sixteen kinds for each mantissa, and sixteen lanes for each kind.
-_LARGE_KINDS = 32
-
-
 @kernel(
-    *(_CODES, _BITS, _ZEROS, [0, 1], 122, 10, _MAGNITUDE, _SIGN, [20] * _LARGE_KINDS),
-    *(list(range(20, 36)) * _LARGE_KINDS, [64 * (lane % 3) for lane in range(16 * _LARGE_KINDS)]),
+    *(_CODES, _BITS, _ZEROS, [0, 1], 122, 10, _MAGNITUDE, _SIGN, [20] * _EXAMPLE_KINDS),
+    *(list(range(20, 36)) * _EXAMPLE_KINDS, [64 * (lane % 3) for lane in range(16 * _EXAMPLE_KINDS)]),
     [5 * x % 16 for x in range(192)],
-    [[[[-7 * c % 11 * -16 for c in range(8)], [c % 3 * -16 for c in range(8)]]] * 2] * _LARGE_KINDS,
+    [[[[-7 * c % 11 * -16 for c in range(8)], [c % 3 * -16 for c in range(8)]]] * 2] * _EXAMPLE_KINDS,
     *([[0] * 16] * 2, [0] * 2, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2),
 )
 def e2m1_with_e4m3_scales_and_zero_points(
@@ -171,30 +178,52 @@ def e2m1_with_e4m3_scales_and_zero_points(
         for b in range(codes_B.shape[0]):
             g = group_B[b]
             largest = magnitudes_of_codes(codes_B[b], magnitude_ZI[zero_G[g]], magnitude_BI[b])
-            lane_B[b] = (u64(bits_G[g] & u32(127)) * _LARGEST + largest) * _LANES
-        small = large = u64(0)
-        for b in range(codes_B.shape[0]):
-            # No branch: the processor would often guess wrong.
-            is_large = u64((lane_B[b] >> u64(4)) & u64(15) >= _KINDS_OF_MANTISSA)
-            place_2B[0, small] = place_2B[1, large] = u64(b)
-            small, large = small + u64(1) - is_large, large + is_large
+            lane_B[b] = (u64(bits_G[g] & u32(127)) * _KINDS + largest) * _LANES
+        small, large = _places_by_magnitude(lane_B[: codes_B.shape[0]], place_2B)
         for p in range(small):
             b = place_2B[0, p]
-            lane, magnitude_I = lane_B[b], magnitude_BI[b]
-            factor_C = factor_SH2C[lane >> u64(4), 0]
-            lane_B[b] = lane + (least_of_eight(magnitude_I, record_L, lane, record_X, factor_C, 0) & u64(15))
+            lane, magnitude_I, slot = lane_B[b], magnitude_BI[b], lane_B[b] // _LANES
+            least = least_of_eight(magnitude_I, record_L, lane, record_X, factor_SH2C[slot, 0], 0)
+            lane_B[b] = lane + least % _LANES
         for p in range(large):
             b = place_2B[1, p]
-            lane, magnitude_I, slot = lane_B[b], magnitude_BI[b], lane_B[b] >> u64(4)
+            lane, magnitude_I, slot = lane_B[b], magnitude_BI[b], lane_B[b] // _LANES
             least = least_of_eight(magnitude_I, record_L, lane, record_X, factor_SH2C[slot, 0], 0)
             other = least_of_four(magnitude_I, record_L, lane + u64(8), record_X, factor_SH2C[slot, 1], 8)
-            lane_B[b] = lane + (min(least, other) & u64(15))
+            lane_B[b] = lane + min(least, other) % _LANES
         for b in range(codes_B.shape[0]):
             zero, record = zero_G[group_B[b]], u64(record_L[lane_B[b]]) + u64(32)
             e2m1_B[b] = mapped_codes(codes_B[b], record_X, record, magnitude_ZI[zero], sign_ZI[zero])
-        for b in range(codes_B.shape[0]):
-            lane, shift = lane_B[b], i64(bits_G[group_B[b]] >> u32(7)) * 8 - 8 * exponent
-            slot = lane >> u64(4)
-            has_codes = u64((slot & u64(15)) != u64(0))
-            has_result = u64(u64(i64(first_S[slot]) + shift - 8) <= u64(118 - above))
-            e4m3_B[b] = u8((u64(step_L[lane]) + u64(shift) * has_codes) * (has_result | (has_codes ^ u64(1))))
+        _bits_of_scales(lane_B, bits_G, group_B, exponent, above, first_S, step_L, e4m3_B)
+
+
+@inner
+def _places_by_magnitude(lane_B: Words, place_2B: Words) -> tuple[np.uint64, np.uint64]:
+    """Write the places of groups with small magnitudes, and those of others; return the numbers of both."""
+    small = large = u64(0)
+    for b in range(lane_B.shape[0]):
+        # No branch: the processor would often guess wrong.
+        is_large = u64(lane_B[b] // _LANES % _KINDS > _LARGEST_OF_SYMMETRIC)
+        place_2B[0, small] = place_2B[1, large] = u64(b)
+        small, large = small + u64(1) - is_large, large + is_large
+    return small, large
+
+
+@inner
+def _bits_of_scales(
+    lane_B: Words,
+    bits_G: NDArray[np.uint16],
+    group_B: Places,
+    exponent: int,
+    above: int,
+    first_S: Bytes,
+    step_L: Bytes,
+    e4m3_B: Bytes,
+) -> None:
+    """Write the bits of the scales of groups in a row: 1 for zeros, and 0 for groups without a result."""
+    for b in range(e4m3_B.shape[0]):
+        lane, shift = lane_B[b], i64(bits_G[group_B[b]] >> u32(7)) * 8 - 8 * exponent
+        slot = lane // _LANES
+        has_codes = u64(slot % _KINDS != u64(0))
+        has_result = u64(u64(i64(first_S[slot]) + shift - 8) <= u64(118 - above))
+        e4m3_B[b] = u8((u64(step_L[lane]) + u64(shift) * has_codes) * (has_result | (has_codes ^ u64(1))))
