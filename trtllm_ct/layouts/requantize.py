@@ -274,9 +274,9 @@ def _blocks_by_loop(
 
     (peaks, numbers), columns = block_peaks(powers_of_two=powers_of_two), min(block[1], values_OI.shape[1])
     lanes, words, squares = np.empty(columns, np.float32), np.empty(columns, np.uint32), np.empty(512, np.float64)
-    candidates = np.empty((3, len(peaks)), np.float32)
+    candidates, bins = np.empty((3, len(peaks)), np.float32), np.empty((2, 128), np.float32)
     requantize_kernels.e4m3_blocks(
-        values_OI, peaks, powers_of_two, numbers, block, lanes, words, squares, candidates, codes_OI, scale_XG
+        values_OI, peaks, powers_of_two, numbers, block, lanes, words, squares, candidates, bins, codes_OI, scale_XG
     )
 
 

@@ -276,13 +276,13 @@ def mxfp4_tables() -> tuple[Bytes, NDArray[np.int32], NDArray[np.uint16], Bytes]
 
 @cache
 def e4m3_tables() -> tuple[NDArray[np.float64], Bytes]:
-    """Return the squares of magnitudes from 1 to 16 times scales from 1 to 2, float64 [128, 2, 8], and their bins.
+    """Return the squares of odd magnitudes from 1 to 15 times scales from 1 to 2, float64 [128, 8], and their bins.
 
     A bin is the seven highest bits of the mantissa, uint8 of the same shape.
     """
     import numpy as np
 
-    products = (_scales(127)[:, None] * np.arange(1, 17, dtype=np.float32)).reshape(-1, 2, 8)
+    products = _scales(127)[:, None] * np.arange(1, _MAGNITUDES, 2, dtype=np.float32)
     bins = ((products.view(np.uint32) >> np.uint32(16)) & np.uint32(127)).astype(np.uint8)
     return np.square(products.astype(np.float64)), bins
 

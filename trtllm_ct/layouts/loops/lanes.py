@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AT_ONCE",
+    "SCALES_AT_ONCE",
     "add_e2m1_errors",
+    "add_e4m3_estimates",
     "add_histogram_of_word",
     "add_scaled_bytes",
     "dot_with_bytes",
@@ -42,6 +44,9 @@ LANES = 8
 
 AT_ONCE = 16
 """The groups, and the values of each, that are rounded by one operation."""
+
+SCALES_AT_ONCE = 24
+"""The scales that are compared by one operation: three registers, so that additions need not wait for each other."""
 
 _NEON = ("neon", "llvm.aarch64.neon.tbl1.v16i8")
 _LOOK_UP = {"x86_64": ("ssse3", "llvm.x86.ssse3.pshuf.b.128"), "aarch64": _NEON, "arm64": _NEON}
@@ -142,6 +147,30 @@ def add_e2m1_errors(build: Any, value_G: Any, groups: Any, scale_G: Any, inverse
         error = build.fsub(magnitude, build.fmul(nearest, scale))
         total = build.fadd(total, build.fmul(error, error))
     build.store(total, place, align=4)
+
+
+@operation("void")
+def add_e4m3_estimates(build: Any, middle_B: Any, weight_B: Any, inverse_C: Any, error_C: Any) -> Any:
+    """Add the weighted squared errors of sixteen numbers, rounded to E4M3 with 24 scales each, to float32 [24].
+
+    The numbers times the inverses of scales are normal. Errors are added one number after the other.
+    """
+    firsts = range(0, SCALES_AT_ONCE, LANES)
+    inverses = [build.load(_at(build, inverse_C, "float", c), align=4) for c in firsts]
+    totals = [build.load(_at(build, error_C, "float", c), align=4) for c in firsts]
+    for b in range(AT_ONCE):
+        middle, weight = (
+            _spread(build, build.load(build.gep(each, [_number(64, b)]), align=4)) for each in (middle_B, weight_B)
+        )
+        for v, inverse in enumerate(inverses):
+            number = build.fmul(middle, inverse)
+            # Where two numbers of E4M3 are equally near, either will do: the error is the same.
+            bits = build.add(build.bitcast(number, _vector("i32", LANES)), _constants("i32", [0x80000] * LANES))
+            nearest = build.bitcast(build.and_(bits, _constants("i32", [0xFFF00000] * LANES)), number.type)
+            error = build.fsub(number, nearest)
+            totals[v] = build.fadd(totals[v], build.fmul(weight, build.fmul(error, error)))
+    for c, total in zip(firsts, totals, strict=True):
+        build.store(total, _at(build, error_C, "float", c), align=4)
 
 
 @operation("int32")

@@ -31,7 +31,7 @@ from trtllm_ct.layouts.loops.lanes import (
     mapped_codes,
 )
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
-from trtllm_ct.layouts.loops.requantize_kernels import candidate_scales, finalists
+from trtllm_ct.layouts.loops.requantize_kernels import PEAKS, candidate_scales, finalists
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -197,9 +197,9 @@ def _largest(histogram: Words) -> np.uint64:
 
 
 @kernel(
-    *(_CODES, _BITS, _ZEROS, [0, 1], [0, 1], (1, 2, 1, 2), [448.0, 256.0, 300.0], 0, 2),
-    *(*_NUMBERS, [[[1.0] * 8] * 2] * 128, [[[5] * 8] * 2] * 128),
-    *([[[0] * 2] * 2] * 2, [[[0.0] * 8] * 2] * 128, [0.0] * 512, [[0.0] * 3] * 3),
+    *(_CODES, _BITS, _ZEROS, [0, 1], [0, 1], (1, 2, 1, 2), PEAKS, 0, 2),
+    *(*_NUMBERS, [[1.0] * 8] * 128, [[5] * 8] * 128),
+    *([[[0] * 2] * 2] * 2, [[[0.0] * 8] * 2] * 128, [0.0] * 512, [[0.0] * 24] * 3, [[0.0] * 128] * 2),
     *([[0] * 16] * 2, [[[0] * 16] * 2] * 2, [[0.0]] * 2),
 )
 def e4m3_blocks(
@@ -218,12 +218,13 @@ def e4m3_blocks(
     counted_XI: Bytes,
     above_ZI: Bytes,
     below_ZI: Bytes,
-    square_SHM: NDArray[np.float64],
-    bin_SHM: Bytes,
+    square_SM: NDArray[np.float64],
+    bin_SM: Bytes,
     histogram_OR2: Words,
     sum_SHM: NDArray[np.float64],
     squares: NDArray[np.float64],
     candidates_3C: Floats,
+    bins_2B: Floats,
     map_RI: Bytes,
     e4m3_OBI: Bytes,
     scale_YX: Floats,
@@ -235,7 +236,7 @@ def e4m3_blocks(
     words of a run, the runs of a block, its rows, and 1 if no magnitude is above 8, else 2. The tables have the squares
     of magnitudes times each mantissa of a scale, and the seven highest bits of their mantissas. `peaks`, `numbers` and
     `powers_of_two` are as in `requantize_kernels.e4m3_blocks`. `histogram_OR2` (of the runs in a row of blocks),
-    `sum_SHM`, `squares`, `candidates_3C` and `map_RI` are buffers.
+    `sum_SHM`, `squares`, `candidates_3C`, `bins_2B` and `map_RI` are buffers.
     """
     run, width, height, halves = sizes
     for y in range(scale_YX.shape[0]):
@@ -250,9 +251,9 @@ def e4m3_blocks(
         for x in range(scale_YX.shape[1]):
             runs = (x * width, min((x + 1) * width, group_R.shape[0]), halves)
             largest = _sums_of_block(histograms, bits, group_R, runs, sum_SHM)
-            _squares_of_sums(halves, square_SHM, bin_SHM, sum_SHM, squares)
+            _squares_of_sums(halves, square_SM, bin_SM, sum_SHM, squares)
             candidate_scales(largest, peaks, powers_of_two, candidates_3C[0])
-            best, exact = finalists(numbers, squares, candidates_3C)
+            best, exact = finalists(numbers, squares, candidates_3C, bins_2B)
             scale_YX[y, x] = _better_scale(
                 histograms, bits, group_R, runs, candidates_3C[0, best], candidates_3C[0, exact]
             )
@@ -353,15 +354,30 @@ def _maps_of_row(
 @inner
 def _squares_of_sums(
     halves: int,
-    square_SHM: NDArray[np.float64],
-    bin_SHM: Bytes,
+    square_SM: NDArray[np.float64],
+    bin_SM: Bytes,
     sum_SHM: NDArray[np.float64],
     squares: NDArray[np.float64],
 ) -> None:
-    """Write the sums of the squares of a block's values by the seven highest bits of their mantissas."""
+    """Write the sums of the squares of a block's values by the seven highest bits of their mantissas.
+
+    A magnitude and its double have the same mantissa, so the sums of odd magnitudes include those of their multiples by
+    powers of two. Four of them have sums of squares of their own: an addition need not wait for the one before.
+    """
     for i in range(squares.shape[0]):
         squares[i] = 0.0
     for s in range(128):
-        for h in range(halves):
-            for m in range(8):
-                squares[u64(bin_SHM[s, h, m])] += sum_SHM[s, h, m] * square_SHM[s, h, m]
+        of_8, square_M, bin_M = sum_SHM[s, 0], square_SM[s], bin_SM[s]
+        one = of_8[0] + 4 * of_8[1] + 16 * of_8[3] + 64 * of_8[7]
+        three, five, seven = of_8[2] + 4 * of_8[5], of_8[4], of_8[6]
+        if halves > 1:
+            of_16 = sum_SHM[s, 1]
+            three, five, seven = three + 16 * of_16[3], five + 4 * of_16[1], seven + 4 * of_16[5]
+            squares[u64(bin_M[4])] += of_16[0] * square_M[4]
+            squares[u64(bin_M[5]) + u64(128)] += of_16[2] * square_M[5]
+            squares[u64(bin_M[6]) + u64(256)] += of_16[4] * square_M[6]
+            squares[u64(bin_M[7]) + u64(384)] += of_16[6] * square_M[7]
+        squares[u64(bin_M[0])] += one * square_M[0]
+        squares[u64(bin_M[1]) + u64(128)] += three * square_M[1]
+        squares[u64(bin_M[2]) + u64(256)] += five * square_M[2]
+        squares[u64(bin_M[3]) + u64(384)] += seven * square_M[3]

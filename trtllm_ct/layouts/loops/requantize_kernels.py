@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trtllm_ct.layouts.loops.lanes import AT_ONCE, add_e2m1_errors
+from trtllm_ct.layouts.loops.lanes import AT_ONCE, SCALES_AT_ONCE, add_e2m1_errors, add_e4m3_estimates
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ u8, u32, u64, f32, f64 = np.uint8, np.uint32, np.uint64, np.float32, np.float64
 _INFINITY, _LEAST_NORMAL, _SEEMS_EXACT = f32(np.inf), f32(2.0**-100), f32(2e-5)
 _VALUES = [[1.0, -7.0, 0.0, 3.0], [0.3, 0.0, -0.0, 900.0]]
 _LANES = [[0.0] * 2] * 2
+PEAKS = [448.0, 256.0, *(float(peak) for peak in range(300, 432, 6))]
 
 
 @kernel(
-    *(_VALUES, [448.0, 256.0, 300.0], 0, 2, (1, 2), [0.0] * 2, [0] * 2, [0.0] * 512, [[0.0] * 3] * 3, [[0] * 4] * 2),
-    [[0.0] * 2] * 2,
+    *(_VALUES, PEAKS, 0, 2, (1, 2), [0.0] * 2, [0] * 2, [0.0] * 512, [[0.0] * 24] * 3, [[0.0] * 128] * 2),
+    *([[0] * 4] * 2, [[0.0] * 2] * 2),
 )
 def e4m3_blocks(
     values_OI: Floats,
@@ -51,6 +52,7 @@ def e4m3_blocks(
     words_L: NDArray[np.uint32],
     squares: NDArray[np.float64],
     candidates_3C: Floats,
+    bins_2B: Floats,
     codes_OI: Bytes,
     scale_XG: Floats,
 ) -> None:
@@ -58,10 +60,11 @@ def e4m3_blocks(
 
     `peaks` are what the largest magnitude of a block may become; the first `numbers` of them are numbers of E4M3. With
     `powers_of_two`, scales are rounded up to one.
-    `lanes_L` and `words_L` (the columns of a block), `squares` (512) and `candidates_3C` are buffers.
+    `lanes_L` and `words_L` (the columns of a block), `squares` (512), `candidates_3C` and `bins_2B` are buffers;
+    the number of candidates is 1 or a multiple of 24.
     """
     height, width = block
-    buffers = (lanes_L, words_L, squares, candidates_3C)
+    buffers = (lanes_L, words_L, squares, candidates_3C, bins_2B)
     for x in range(scale_XG.shape[0]):
         begin, end = x * height, min((x + 1) * height, values_OI.shape[0])
         _row_of_blocks(
@@ -81,7 +84,7 @@ def _row_of_blocks(
     scale_G: Floats,
 ) -> None:
     """Quantize one row of blocks; the arguments are those of `e4m3_blocks`."""
-    lanes_L, words_L, squares, candidates_3C = buffers
+    lanes_L, words_L, squares, candidates_3C, bins_2B = buffers
     columns = values_OI.shape[1]
     for g in range(scale_G.shape[0]):
         begin, end = g * width, min((g + 1) * width, columns)
@@ -89,7 +92,7 @@ def _row_of_blocks(
         largest = _largest_of_block(values_OI, begin, words)
         candidate_scales(largest, peaks, powers_of_two, candidates_3C[0])
         _squares_by_mantissa(values_OI, begin, end, squares)
-        best, exact = finalists(numbers, squares, candidates_3C)
+        best, exact = finalists(numbers, squares, candidates_3C, bins_2B)
         scale = candidates_3C[0, best]
         if exact != best:
             of_exact = _e4m3_error(values_OI, begin, candidates_3C[0, exact], lanes)
@@ -135,35 +138,43 @@ def _squares_by_mantissa(values_OI: Floats, begin: int, end: int, squares: NDArr
 
 
 @inner
-def finalists(numbers: int, squares: NDArray[np.float64], candidates_3C: Floats) -> tuple[int, int]:
+def finalists(numbers: int, squares: NDArray[np.float64], candidates_3C: Floats, bins_2B: Floats) -> tuple[int, int]:
     """Return the candidate with the least error of a block, and one that may be exact, or the same again.
 
     Errors are estimated from the sums of squares. The first `numbers` scales may be exact.
     """
     scales, errors, inverses = candidates_3C[0], candidates_3C[1], candidates_3C[2]
+    if scales.shape[0] == 1:
+        return 0, 0
     total = f32(0)
     for c in range(scales.shape[0]):
         inverses[c] = f32(1) / _mantissa(scales[c])
         errors[c] = f32(0)
+    middle_B, weight_B = bins_2B[0], bins_2B[1]
     for b in range(128):
-        middle = f32(f32(1.00390625) + f32(f32(b) * f32(0.0078125)))
-        square = f32(squares[b] + squares[b + 128] + squares[b + 256] + squares[b + 384])
-        total += square
-        weight = f32(square / f32(middle * middle))
-        for c in range(errors.shape[0]):
-            number = f32(middle * inverses[c])
-            bits = u32(f32(number).view(np.uint32))
-            nearest = u32(u32(bits + u32(0x7FFFF)) + u32(u32(bits >> u32(20)) & u32(1)))
-            error = f32(number - u32(nearest & u32(0xFFF00000)).view(np.float32))
-            errors[c] += f32(weight * f32(error * error))
+        middle_B[b] = f32(f32(1.00390625) + f32(f32(b) * f32(0.0078125)))
+        weight_B[b] = f32(squares[b] + squares[b + 128] + squares[b + 256] + squares[b + 384])
+    for b in range(128):
+        total += weight_B[b]
+    for b in range(128):
+        weight_B[b] = f32(weight_B[b] / f32(middle_B[b] * middle_B[b]))
+    for b in range(0, 128, 16):
+        for c in range(0, errors.shape[0], SCALES_AT_ONCE):
+            add_e4m3_estimates(middle_B[b:], weight_B[b:], inverses[c:], errors[c:])
     for c in range(scales.shape[0]):
         mantissa = _mantissa(scales[c])
         errors[c] = f32(errors[c] * f32(mantissa * mantissa))
-    best = exact = 0
-    for c in range(errors.shape[0]):
-        best = c if errors[c] < errors[best] else best
-        exact = c if c < numbers and errors[c] < errors[exact] else exact
+    best, exact = _least(errors), _least(errors[:numbers])
     return best, best if errors[exact] > f32(_SEEMS_EXACT * total) else exact
+
+
+@inner
+def _least(errors_C: Floats) -> int:
+    """Return the first place of the least error."""
+    place, least = 0, errors_C[0]
+    for c in range(1, errors_C.shape[0]):
+        place, least = (c, errors_C[c]) if errors_C[c] < least else (place, least)
+    return place
 
 
 @inner
