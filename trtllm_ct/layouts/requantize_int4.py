@@ -98,9 +98,15 @@ def _write_with_zero_points(weight: _Weight, global_scale: float, e2m1_OB: Words
 
     tables, row = nvfp4_tables(global_scale), e2m1_OB.shape[1]
     kernels.e2m1_with_e4m3_scales_and_zero_points(
-        *(*weight[:-1], _places(row, weight.words), table_exponent(global_scale), tables.above, *number_tables()[:2]),
+        *(*weight[:-1], _places(row, weight.words), tables.exponents, tables.above, *number_tables()[:2]),
         *(tables.first, tables.steps, tables.places, tables.records, tables.factors),
-        *(np.empty((row, WORD), np.uint8), np.empty(row, np.uint64), np.empty((2, row), np.uint64), e2m1_OB, e4m3_OB),
+        *(
+            empty((2 * row * WORD,), DType.U8),
+            np.empty(row, np.uint64),
+            np.empty((2, row), np.uint64),
+            e2m1_OB,
+            e4m3_OB,
+        ),
     )
 
 

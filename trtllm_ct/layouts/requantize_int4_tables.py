@@ -100,22 +100,25 @@ def nvfp4_symmetric_tables(global_scale: float) -> SymmetricNvfp4Tables:
 class Nvfp4Tables(NamedTuple):
     """The tables of NVFP4 for numbers of at most 15.
 
-    `first` are the bits of the first candidate of a kind, uint8 [S]; `above` is the number of those after it.
+    `exponents` are the biased exponent of the scales that the tables are for, and the lowest and the highest one with
+    which all candidates of all kinds are normal numbers of E4M3. `first` are the bits of the first candidate of a kind,
+    uint8 [S]; `above` is the number of those after it.
     The candidates that may be the best are in sixteen lanes for each kind: at most eight where no magnitude is above 8,
     else twelve. `steps` are their bits, uint8 [S * 16], and `places` those of their records, uint16 [S * 16].
     Candidates with the same E2M1 codes have the same record; `records`, uint8 [R * 64], have by magnitude the product
     of the magnitude and twice its number, the square of twice its number, and the code; 16 bytes are free.
     The squared error of a group is a sum of integers in units of its kind: its own squares, which all candidates have
-    in common, and the sums of products and of squares times `factors`, int32 [S, 2, 2, 8], where the first 2 are halves
-    of the lanes. Factors are multiplied by sixteen, so that the number of a lane fits in below.
+    in common, and the sums of products and of squares times `factors`, int16 [S * 64], in the order of
+    `least_of_eight`.
     """
 
+    exponents: tuple[int, int, int]
     first: Bytes
     above: int
     steps: Bytes
     places: NDArray[np.uint16]
     records: Bytes
-    factors: NDArray[np.int32]
+    factors: NDArray[np.int16]
 
 
 @cache
@@ -126,16 +129,36 @@ def nvfp4_tables(global_scale: float) -> Nvfp4Tables:
     scale_S, largest_S, bits_CS = _kinds(global_scale, _MAGNITUDES - 1)
     lane_SL = _lanes_of_kinds(scale_S, largest_S, nvfp4_scales(bits_CS.T, global_scale))
     bits_SL = np.take_along_axis(bits_CS.T, lane_SL, axis=1)
-    steps_SL = nvfp4_scales(bits_SL, global_scale)
-    half_SL = steps_SL.astype(np.float64) / 2
-    unit_S = np.minimum(_lowest_bit(scale_S.astype(np.float64)), _lowest_bit(half_SL).min(axis=1))
-    half_SL, whole_S = half_SL / unit_S[:, None], scale_S / unit_S
-    factor_S2L = 16 * np.stack([-2 * half_SL * whole_S[:, None], np.square(half_SL)], axis=1).astype(np.int32)
-    factors = np.ascontiguousarray(np.swapaxes(factor_S2L.reshape(-1, 2, 2, _LANES), 1, 2))
+    steps_SL, are_zeros_S = nvfp4_scales(bits_SL, global_scale), largest_S == 0
+    factors_S2L = _factors(scale_S, steps_SL) * ~are_zeros_S[:, None, None]
+    factors = np.swapaxes(factors_S2L.reshape(-1, 2, 4, 4), 1, 2).astype(np.int16).repeat(2)
     maps = _maps(scale_S, steps_SL, np.arange(_MAGNITUDES, dtype=np.float32))
-    maps[largest_S == 0], bits_SL[largest_S == 0] = 0, 1  # the scale of zeros is the smallest number
+    maps[are_zeros_S], bits_SL[are_zeros_S] = 0, 1  # the scale of zeros is the smallest number
     records, places = _records(maps.ravel())
-    return Nvfp4Tables(bits_CS[0], len(bits_CS) - 1, bits_SL.ravel(), places, records, factors)
+    exponents = _normal_exponents(table_exponent(global_scale), bits_CS[:, ~are_zeros_S])
+    return Nvfp4Tables(exponents, bits_CS[0], len(bits_CS) - 1, bits_SL.ravel(), places, records, factors)
+
+
+def _factors(scale_S: Floats, steps_SL: Floats) -> NDArray[np.float64]:
+    """Return the factors of products and of squares in the errors of candidates, [S, 2, L]: integers up to 20,736.
+
+    With m the magnitude and n twice its number, the error (m * scale - n * step / 2)^2 is m^2 * scale^2, and n * m
+    times the first factor, and n^2 times the second one. Both are divided by a power of two that is common to a kind.
+    """
+    import numpy as np
+
+    scale_S1, half_SL = scale_S.astype(np.float64)[:, None], steps_SL.astype(np.float64) / 2
+    lowest_S1 = _lowest_bit(half_SL).min(axis=1, keepdims=True)
+    common_S1 = lowest_S1 * np.minimum(lowest_S1, _lowest_bit(scale_S1))
+    factors_S2L: NDArray[np.float64] = np.stack([-2 * half_SL * scale_S1, np.square(half_SL)], axis=1)
+    factors_S2L /= common_S1[:, None]
+    return factors_S2L
+
+
+def _normal_exponents(exponent: int, bits_CS: Bytes) -> tuple[int, int, int]:
+    """Return the exponent of tables, and the range of those with which their candidates are normal numbers of E4M3."""
+    lowest, highest = int(bits_CS.min()), int(bits_CS.max())
+    return exponent, exponent - (lowest - 8) // 8, exponent + (126 - highest) // 8
 
 
 def table_exponent(global_scale: float) -> int:

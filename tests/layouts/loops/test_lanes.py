@@ -23,11 +23,12 @@ from trtllm_ct.layouts.loops.lanes import (
     histogram_of_word,
     least_lane,
     least_of_eight,
-    least_of_four,
+    least_of_twelve,
     looked_up_bytes,
     looked_up_fields,
-    magnitudes_of_codes,
     mapped_codes,
+    mapped_numbers,
+    numbers_of_codes,
 )
 from trtllm_ct.layouts.loops.machine_code import kernel
 from trtllm_ct.layouts.loops.requantize_int4_kernels import number_tables
@@ -77,7 +78,7 @@ def e4m3(
 
 @kernel(
     *([5, 7], 3, *([table.tolist() for table in number_tables()[i]] for i in (0, 1, 3, 4, 5)), list(range(16))),
-    *([0] * 2, [[0] * 16] * 2),
+    *([0] * 3, [0] * 16, [0] * 48),
 )
 def of_numbers(
     word: NDArray[np.uint64],
@@ -89,27 +90,29 @@ def of_numbers(
     below_ZI: NDArray[np.uint8],
     code_X: NDArray[np.uint8],
     words: NDArray[np.uint64],
-    byte_2I: NDArray[np.uint8],
+    count_I: NDArray[np.uint8],
+    number_X: NDArray[np.uint8],
 ) -> None:
-    """Write the histogram of two words, the magnitudes of the first one, the largest of them, and its new codes."""
+    """Write the histogram of two words, the numbers of the first one, the largest magnitude, and its new codes."""
     byte_X = word.view(np.uint8)
-    histogram_of_word(byte_X, np.uint64(0), counted_XI, above_ZI[zero], below_ZI[zero], byte_2I[0])
-    add_histogram_of_word(byte_X, np.uint64(8), counted_XI, above_ZI[zero], below_ZI[zero], byte_2I[0])
-    words[0] = magnitudes_of_codes(word[0], magnitude_ZI[zero], byte_2I[1])
+    histogram_of_word(byte_X, np.uint64(0), counted_XI, above_ZI[zero], below_ZI[zero], count_I)
+    add_histogram_of_word(byte_X, np.uint64(8), counted_XI, above_ZI[zero], below_ZI[zero], count_I)
+    words[0] = numbers_of_codes(word[0], magnitude_ZI[zero], sign_ZI[zero], number_X, np.uint64(16))
     words[1] = mapped_codes(word[0], code_X, np.uint64(0), magnitude_ZI[zero], sign_ZI[zero])
+    words[2] = mapped_numbers(number_X, np.uint64(16), code_X, np.uint64(0))
 
 
-@kernel([1] * 16, [64, 0] * 6, [3] * 128, [[-16] * 8] * 4, [0] * 2)
+@kernel([1] * 32, [64, 0] * 16, [3] * 128, [-5] * 128, [0] * 2)
 def least(
-    magnitude_I: NDArray[np.uint8],
+    number_X: NDArray[np.uint8],
     record_C: NDArray[np.uint16],
     record_X: NDArray[np.uint8],
-    factor_4C: NDArray[np.int32],
+    factor_X: NDArray[np.int16],
     words: NDArray[np.uint64],
 ) -> None:
-    """Write the least error of the first eight candidates, and of four more."""
-    words[0] = least_of_eight(magnitude_I, record_C, np.uint64(0), record_X, factor_4C[:2], 0)
-    words[1] = least_of_four(magnitude_I, record_C, np.uint64(8), record_X, factor_4C[2:], 8)
+    """Write the best of the first twelve candidates, and of eight from the sixteenth on."""
+    words[0] = least_of_twelve(number_X, np.uint64(16), record_C, np.uint64(0), record_X, factor_X)
+    words[1] = least_of_eight(number_X, np.uint64(16), record_C, np.uint64(16), record_X, factor_X)
 
 
 def fields(word: int) -> list[int]:
@@ -169,40 +172,41 @@ def test_codes_are_rounded_to_e4m3_as_torch_does() -> None:
 @settings(max_examples=200, deadline=None)
 def test_numbers_are_differences_to_the_zero_point(word: int, other: int, zero: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 8, 16).astype(np.uint8)
-    words, stored = np.zeros(2, np.uint64), np.zeros((2, 16), np.uint8)
+    words, counts, stored = np.zeros(3, np.uint64), np.zeros(16, np.uint8), np.zeros(48, np.uint8)
     tables = [number_tables()[i] for i in (0, 1, 3, 4, 5)]
     numbers, more = (np.array(fields(each)) - zero for each in (word, other))
 
-    of_numbers(np.array([word, other], np.uint64), zero, *tables, codes, words, stored)
+    of_numbers(np.array([word, other], np.uint64), zero, *tables, codes, words, counts, stored)
 
     magnitudes = np.abs(np.concatenate([numbers, more]))
-    assert stored[0].tolist() == [int((magnitudes == m).sum()) for m in range(1, 17)]
-    assert stored[1].tolist() == np.abs(numbers).tolist()
+    assert counts.tolist() == [int((magnitudes == m).sum()) for m in range(1, 17)]
+    assert stored.tolist() == [0] * 16 + [abs(number) for number in numbers] + [
+        8 * int(number < 0) for number in numbers
+    ]
     assert int(words[0]) == np.abs(numbers).max()
     assert fields(int(words[1])) == [int(codes[abs(number)]) + 8 * int(number < 0) for number in numbers]
+    assert words[2] == words[1]
 
 
 @pytest.mark.parametrize("has_avx2", [True, False], ids=["as it is", "without AVX2"])
-def test_the_least_error_has_the_number_of_the_first_candidate(has_avx2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_candidate_with_the_least_error_is_taken(has_avx2: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_code, "read_cached", lambda *_: None)
     monkeypatch.setattr(machine_code, "write_cached", lambda *_: None)
     if not has_avx2:
         monkeypatch.setattr(lanes, "_has_avx2", lambda: False)
     loop, random = kernel(*least._example)(least.__wrapped__), np.random.default_rng(0)
-    for _ in range(300):
-        magnitudes = random.integers(0, 16, 16).astype(np.uint8)
-        places = (32 * random.integers(0, 4, 12)).astype(np.uint16)
+    for limit in (2, 3, 2**15) * 100:
+        numbers = random.integers(0, 16, 32).astype(np.uint8)
+        records = random.integers(0, 4, 32)
         tables = random.integers(0, 181, (4, 2, 16)).astype(np.uint8)
-        factors = 16 * random.integers(-2000, 0, (4, 8)).astype(np.int32)
-        factors[2:, 4:] = factors[2:, :4]
+        factors = random.integers(1 - limit, limit, (8, 2, 4)).astype(np.int16)
         words = np.zeros(2, np.uint64)
 
-        loop(magnitudes, places, tables.ravel(), factors, words)
+        loop(numbers, (32 * records).astype(np.uint16), tables.ravel(), factors.repeat(2), words)
 
-        sums = tables[places // 32][:, :, magnitudes].sum(-1, dtype=np.int64)
-        of_eight = (sums[:8] * factors[:2].T).sum(-1) + np.arange(8)
-        of_four = (sums[8:] * factors[2:, :4].T).sum(-1) + np.arange(8, 12)
-        assert words.tolist() == [int(each.min()) % 2**32 for each in (of_eight, of_four)]
+        sums = tables[:, :, numbers[16:]].sum(-1, dtype=np.int64)
+        errors = (sums[records] * np.swapaxes(factors, 1, 2).reshape(32, 2)).sum(-1)
+        assert words.tolist() == [errors[:12].argmin(), errors[16:24].argmin()]
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,12 @@ __all__ = [
     "histogram_of_word",
     "least_lane",
     "least_of_eight",
-    "least_of_four",
+    "least_of_twelve",
     "looked_up_bytes",
     "looked_up_fields",
-    "magnitudes_of_codes",
     "mapped_codes",
+    "mapped_numbers",
+    "numbers_of_codes",
 ]
 
 LANES = 8
@@ -67,14 +68,16 @@ def floats_of_bytes(build: Any, word: Any, result_M: Any) -> None:
 
 
 @operation("uint64")
-def magnitudes_of_codes(build: Any, word: Any, number_I: Any, result_I: Any) -> Any:
-    """Store the magnitudes of the codes in a word, uint8 [16], and return the largest one.
+def numbers_of_codes(build: Any, word: Any, magnitude_I: Any, sign_I: Any, number_X: Any, place: Any) -> Any:
+    """Store the magnitudes of sixteen codes and then their signs, uint8 from `place` on; return the largest magnitude.
 
-    `number_I`, uint8 [16], are the magnitudes of the codes that the fields of `word`, a uint64, may be.
+    `magnitude_I` and `sign_I`, uint8 [16], are those of the codes that the fields of `word`, a uint64, may be.
     """
-    found = _looked_up(build, _sixteen_bytes(build, number_I), _fields(build, word))
-    build.store(found, _at(build, result_I, "i8", lanes=16), align=1)
-    return build.zext(_reduced(build, "umax", found), _integer(64))
+    fields, start = _fields(build, word), build.gep(number_X, [place])
+    magnitudes, signs = (_looked_up(build, _sixteen_bytes(build, table), fields) for table in (magnitude_I, sign_I))
+    for first, found in ((0, magnitudes), (16, signs)):
+        build.store(found, _at(build, start, "i8", first, lanes=16), align=1)
+    return build.zext(_reduced(build, "umax", magnitudes), _integer(64))
 
 
 @operation("void")
@@ -182,56 +185,90 @@ def dot_with_bytes(build: Any, word: Any, factor_M: Any) -> Any:
 
 @operation("uint64")
 def least_of_eight(
-    build: Any, magnitude_I: Any, record_C: Any, first: Any, record_X: Any, factor_2C: Any, number: Any
+    build: Any, number_X: Any, place: Any, record_C: Any, first: Any, record_X: Any, factor_X: Any
 ) -> Any:
-    """Return the least error of eight candidates for sixteen magnitudes, with the number of the candidate below.
+    """Return which of eight candidates has the least error for sixteen magnitudes; of several, the first one.
 
-    `magnitude_I` are the magnitudes, uint8 [16], up to 15. `record_C` has from `first` on the places of the candidates'
-    records in `record_X`. A record has two tables of sixteen bytes, by magnitude. The error of a candidate is the sum
-    of both tables' sums times its factors, int32 [2, 8]: a multiple of sixteen between -2^32 and 0, or 0
-    for all candidates.
-    The result is a uint32 in the order of errors, with the number of the first candidate that has the least error in
-    its last four bits; numbers count from `number`.
+    `number_X` has from `place` on the magnitudes, uint8, up to 15. `record_C` has from `first` on the places of the
+    candidates' records in `record_X`. A record has two tables of sixteen bytes, by magnitude. The error of a candidate
+    is the sum of both tables' sums times its factors, between -2^27 and 2^27. `factor_X`, int16, has the factors of
+    four candidates from four times `first` on: each twice, those of the first table and then those of the other one.
     """
-    one, other = (_sums_of_four(build, magnitude_I, record_C, first, c, record_X) for c in (0, 4))
-    return _least_error(build, one, other, factor_2C, number)
+    one, other = (_products_of_four(build, number_X, place, record_C, first, c, record_X, factor_X) for c in (0, 4))
+    return _least_of(build, _errors_of_eight(build, one, other))
 
 
 @operation("uint64")
-def least_of_four(
-    build: Any, magnitude_I: Any, record_C: Any, first: Any, record_X: Any, factor_2C: Any, number: Any
+def least_of_twelve(
+    build: Any, number_X: Any, place: Any, record_C: Any, first: Any, record_X: Any, factor_X: Any
 ) -> Any:
-    """Return the least error of four candidates as `least_of_eight` does; their factors are there twice."""
-    sums = _sums_of_four(build, magnitude_I, record_C, first, 0, record_X)
-    return _least_error(build, sums, sums, factor_2C, number)
+    """Return which of twelve candidates has the least error, as `least_of_eight` does."""
+    one, other, last = (
+        _products_of_four(build, number_X, place, record_C, first, c, record_X, factor_X) for c in (0, 4, 8)
+    )
+    return _least_of(build, _errors_of_eight(build, one, other), _numbered(build, _halves_added(build, last), 8))
 
 
-def _least_error(build: Any, one: Any, other: Any, factor_2C: Any, number: Any) -> Any:
-    """Add the sums of both halves of the magnitudes, multiply them by their factors, and return the least number."""
-    words = _vector("i16", 16)
-    low = build.bitcast(_shuffled(build, one, other, [0, 4, 2, 6]), words)
-    high = build.bitcast(_shuffled(build, one, other, [1, 5, 3, 7]), words)
-    sums, products = build.add(low, high), []
-    for table in (0, 8):
-        of_table = build.zext(_lanes(build, sums, range(table, table + 8)), _vector("i32", 8))
-        products.append(build.mul(of_table, build.load(_at(build, factor_2C, "i32", table), align=4)))
-    numbers = build.add(_constants("i32", range(8)), _spread(build, build.trunc(number, _integer(32))))
-    return build.zext(_reduced(build, "umin", build.add(build.add(*products), numbers)), _integer(64))
+def _errors_of_eight(build: Any, one: Any, other: Any) -> Any:
+    """Return what `_numbered` does of the products of eight candidates."""
+    low, high = (_shuffled(build, one, other, [*range(at, at + 4), *range(at + 8, at + 12)]) for at in (0, 4))
+    return _numbered(build, build.add(low, high), 0)
 
 
-def _sums_of_four(build: Any, magnitude_I: Any, record_C: Any, first: Any, more: int, record_X: Any) -> Any:
-    """Return the sums of both tables of four records, by halves of the magnitudes: four numbers of 16 bits in each i64.
+def _halves_added(build: Any, products: Any) -> Any:
+    return build.add(_lanes(build, products, range(4)), _lanes(build, products, range(4, 8)))
 
-    The first two elements are the sums of the first tables.
-    """
-    magnitudes, shifted = _lanes(build, _sixteen_bytes(build, magnitude_I), [*range(16), *range(16)]), []
+
+def _numbered(build: Any, errors: Any, first: int) -> Any:
+    """Return errors times sixteen, with the numbers of candidates in the last four bits."""
+    count = errors.type.count
+    shifted = build.shl(errors, _constants("i32", [4] * count))
+    return build.add(shifted, _constants("i32", range(first, first + count)))
+
+
+def _least_of(build: Any, errors: Any, more: Any = None) -> Any:
+    """Return the number of the least of eight numbered errors, and of four more."""
+    low, high = (_lanes(build, errors, range(at, at + 4)) for at in (0, 4))
+    least = _smaller(build, low, high)
+    least = _smaller(build, least, more) if more else least
+    for apart in (2, 1):
+        least = _smaller(build, least, _lanes(build, least, [c ^ apart for c in range(4)]))
+    number = build.zext(build.extract_element(least, _number(32, 0)), _integer(64))
+    return build.and_(number, _number(64, 15))
+
+
+def _smaller(build: Any, one: Any, other: Any) -> Any:
+    return build.select(build.icmp_signed("<", one, other), one, other)
+
+
+def _products_of_four(
+    build: Any, number_X: Any, place: Any, record_C: Any, first: Any, more: int, record_X: Any, factor_X: Any
+) -> Any:
+    """Return the sums of the first tables of four records times their factors, then those of the other tables."""
+    magnitudes, sums = _sixteen_bytes(build, build.gep(number_X, [place])), []
+    magnitudes = _lanes(build, magnitudes, [*range(16), *range(16)])
     for c in range(4):
-        place = build.load(build.gep(record_C, [build.add(first, _number(64, more + c))]))
-        record = build.gep(record_X, [build.zext(place, _integer(64))])
+        record = build.load(build.gep(record_C, [build.add(first, _number(64, more + c))]))
+        record = build.gep(record_X, [build.zext(record, _integer(64))])
         tables = build.load(_at(build, record, "i8", lanes=32), align=1)
-        sums = _sums_of_bytes(build, _looked_up_in_both(build, tables, magnitudes))
-        shifted.append(build.shl(sums, _constants("i64", [16 * c] * 4)))
-    return build.or_(build.or_(shifted[0], shifted[1]), build.or_(shifted[2], shifted[3]))
+        of_halves = _sums_of_bytes(build, _looked_up_in_both(build, tables, magnitudes))
+        sums.append(build.bitcast(of_halves, _vector("i16", 16)))
+    while len(sums) > 1:  # numbers of 16 bits move together: of two candidates at first, then of four
+        sums = [_even_lanes(build, one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
+    start = build.gep(factor_X, [build.shl(build.add(first, _number(64, more)), _number(64, 2))])
+    return _sums_of_pairs(build, sums[0], build.load(_at(build, start, "i16", lanes=16), align=2))
+
+
+def _even_lanes(build: Any, one: Any, other: Any) -> Any:
+    """Return the even lanes of two vectors of sixteen; those of their lower halves are in the lower half."""
+    lanes = [first + c for half in (0, 8) for first in (half, half + 16) for c in range(0, 8, 2)]
+    return _shuffled(build, one, other, lanes)
+
+
+def _sums_of_pairs(build: Any, one: Any, other: Any) -> Any:
+    """Return the sums of each two products of sixteen signed numbers of 16 bits, as eight of 32 bits."""
+    products = build.mul(*(build.sext(each, _vector("i32", 16)) for each in (one, other)))
+    return build.add(*(_lanes(build, products, range(odd, 16, 2)) for odd in (0, 1)))
 
 
 def _sums_of_bytes(build: Any, lanes: Any) -> Any:
@@ -360,6 +397,19 @@ def mapped_codes(build: Any, word: Any, code_X: Any, first: Any, magnitude_I: An
     code, magnitude, sign = (_sixteen_bytes(build, address) for address in addresses)
     codes = build.or_(_looked_up(build, code, magnitude), sign)
     return _word_of_fields(build, _looked_up(build, codes, _fields(build, word)))
+
+
+@operation("uint64")
+def mapped_numbers(build: Any, number_X: Any, place: Any, code_X: Any, first: Any) -> Any:
+    """Return sixteen codes of four bits, a uint64, for numbers that `numbers_of_codes` stored from `place` on.
+
+    `code_X`, uint8, has the codes of magnitudes from `first` on; their fourth bit is the sign.
+    """
+    magnitudes, signs = (
+        _sixteen_bytes(build, _at(build, build.gep(number_X, [place]), "i8", at, 16)) for at in (0, 16)
+    )
+    codes = _looked_up(build, _sixteen_bytes(build, build.gep(code_X, [first])), magnitudes)
+    return _word_of_fields(build, build.or_(codes, signs))
 
 
 @operation("void")

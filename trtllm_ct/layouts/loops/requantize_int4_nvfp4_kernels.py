@@ -17,10 +17,10 @@ from trtllm_ct.layouts.loops.lanes import (
     highest_byte,
     least_lane,
     least_of_eight,
-    least_of_four,
+    least_of_twelve,
     looked_up_fields,
-    magnitudes_of_codes,
-    mapped_codes,
+    mapped_numbers,
+    numbers_of_codes,
 )
 from trtllm_ct.layouts.loops.machine_code import inner, kernel
 from trtllm_ct.layouts.loops.requantize_int4_kernels import histogram_of_symmetric, number_tables
@@ -40,6 +40,9 @@ u8, u32, u64, i64 = np.uint8, np.uint32, np.uint64, np.int64
 _SYMMETRIC_KINDS, _KINDS, _LANES = u64(9), u64(16), u64(16)
 """The kinds of groups for each mantissa: largest magnitudes from 0 to 8 in symmetric weights, and from 0 to 15 with
 zero points, where each kind has sixteen lanes."""
+
+_NUMBERS = u64(32)
+"""The bytes of the numbers of a group: sixteen magnitudes and sixteen signs."""
 
 _LARGEST_OF_SYMMETRIC = u64(8)
 """Groups with larger magnitudes have more scales that may be the best."""
@@ -136,18 +139,17 @@ def _slots(
 
 
 @kernel(
-    *(_CODES, _BITS, _ZEROS, [0, 1], 122, 10, _MAGNITUDE, _SIGN, [20] * _EXAMPLE_KINDS),
+    *(_CODES, _BITS, _ZEROS, [0, 1], (122, 120, 124), 10, _MAGNITUDE, _SIGN, [20] * _EXAMPLE_KINDS),
     *(list(range(20, 36)) * _EXAMPLE_KINDS, [64 * (lane % 3) for lane in range(16 * _EXAMPLE_KINDS)]),
-    [5 * x % 16 for x in range(192)],
-    [[[[-7 * c % 11 * -16 for c in range(8)], [c % 3 * -16 for c in range(8)]]] * 2] * _EXAMPLE_KINDS,
-    *([[0] * 16] * 2, [0] * 2, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2),
+    *([5 * x % 16 for x in range(192)], [7 * x % 11 - 5 for x in range(64 * _EXAMPLE_KINDS)]),
+    *([0] * 64, [0] * 2, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2),
 )
 def e2m1_with_e4m3_scales_and_zero_points(
     codes_OB: Words,
     bits_OG: NDArray[np.uint16],
     zero_OG: Bytes,
     group_B: Places,
-    exponent: int,
+    exponents: tuple[int, int, int],
     above: int,
     magnitude_ZI: Bytes,
     sign_ZI: Bytes,
@@ -155,8 +157,8 @@ def e2m1_with_e4m3_scales_and_zero_points(
     step_L: Bytes,
     record_L: NDArray[np.uint16],
     record_X: Bytes,
-    factor_SH2C: NDArray[np.int32],
-    magnitude_BI: Bytes,
+    factor_X: NDArray[np.int16],
+    number_X: Bytes,
     lane_B: Words,
     place_2B: Words,
     e2m1_OB: Words,
@@ -164,37 +166,34 @@ def e2m1_with_e4m3_scales_and_zero_points(
 ) -> None:
     """Quantize int4 codes with zero points as `e2m1_with_e4m3_scales` does symmetric ones.
 
-    The tables are for scales whose biased exponent is `exponent`, and have sixteen lanes of scales for each kind:
-    `step_L` has the bits of the scale, `record_L` the place of its record in `record_X`, and `factor_SH2C` the factors
-    of errors. A record has 64 bytes: what `least_of_eight` says, then the E2M1 codes of magnitudes. Kinds with
-    magnitudes of at most 8 have up to eight scales, others twelve. `first_S` has the bits of the first scale that would
-    be tried, and `above` is the number of those after it.
-    `magnitude_BI`, `lane_B` and `place_2B` are buffers: the second has a group's first lane, then that of its best
-    scale, and the last the places of groups with small magnitudes, and those of others.
+    The tables are for scales with the first of the biased exponents, and have sixteen lanes of scales for each kind:
+    `step_L` has the bits of the scale, `record_L` the place of its record in `record_X`, and `factor_X` the factors of
+    errors. A record has 64 bytes: what `least_of_eight` says, then the E2M1 codes of magnitudes. Kinds with magnitudes
+    of at most 8 have up to eight scales, others twelve. `first_S` has the bits of the first scale that would be tried,
+    and `above` is the number of those after it. With exponents from the second to the third, all of them are normal
+    numbers of E4M3.
+    `number_X`, `lane_B` and `place_2B` are buffers: magnitudes and signs of codes, a group's first lane, then that of
+    its best scale, and the places of groups with small magnitudes, and those of others.
     The scale of a group is 0 where one that would be tried is no normal number of E4M3; then it has no result.
     """
     for n in range(codes_OB.shape[0]):
         codes_B, bits_G, zero_G, e2m1_B, e4m3_B = codes_OB[n], bits_OG[n], zero_OG[n], e2m1_OB[n], e4m3_OB[n]
         for b in range(codes_B.shape[0]):
-            g = group_B[b]
-            largest = magnitudes_of_codes(codes_B[b], magnitude_ZI[zero_G[g]], magnitude_BI[b])
+            g, place = group_B[b], u64(b) * _NUMBERS
+            largest = numbers_of_codes(codes_B[b], magnitude_ZI[zero_G[g]], sign_ZI[zero_G[g]], number_X, place)
             lane_B[b] = (u64(bits_G[g] & u32(127)) * _KINDS + largest) * _LANES
         small, large = _places_by_magnitude(lane_B[: codes_B.shape[0]], place_2B)
         for p in range(small):
             b = place_2B[0, p]
-            lane, magnitude_I, slot = lane_B[b], magnitude_BI[b], lane_B[b] // _LANES
-            least = least_of_eight(magnitude_I, record_L, lane, record_X, factor_SH2C[slot, 0], 0)
-            lane_B[b] = lane + least % _LANES
+            lane_B[b] += least_of_eight(number_X, b * _NUMBERS, record_L, lane_B[b], record_X, factor_X)
         for p in range(large):
             b = place_2B[1, p]
-            lane, magnitude_I, slot = lane_B[b], magnitude_BI[b], lane_B[b] // _LANES
-            least = least_of_eight(magnitude_I, record_L, lane, record_X, factor_SH2C[slot, 0], 0)
-            other = least_of_four(magnitude_I, record_L, lane + u64(8), record_X, factor_SH2C[slot, 1], 8)
-            lane_B[b] = lane + min(least, other) % _LANES
+            lane_B[b] += least_of_twelve(number_X, b * _NUMBERS, record_L, lane_B[b], record_X, factor_X)
         for b in range(codes_B.shape[0]):
-            zero, record = zero_G[group_B[b]], u64(record_L[lane_B[b]]) + u64(32)
-            e2m1_B[b] = mapped_codes(codes_B[b], record_X, record, magnitude_ZI[zero], sign_ZI[zero])
-        _bits_of_scales(lane_B, bits_G, group_B, exponent, above, first_S, step_L, e4m3_B)
+            e2m1_B[b] = mapped_numbers(number_X, u64(b) * _NUMBERS, record_X, u64(record_L[lane_B[b]]) + u64(32))
+        _bits_of_scales(lane_B, bits_G, group_B, exponents[0], step_L, e4m3_B)
+        if not _are_between(bits_G, exponents[1], exponents[2]):
+            _without_result(lane_B, bits_G, group_B, exponents[0], above, first_S, e4m3_B)
 
 
 @inner
@@ -211,19 +210,39 @@ def _places_by_magnitude(lane_B: Words, place_2B: Words) -> tuple[np.uint64, np.
 
 @inner
 def _bits_of_scales(
+    lane_B: Words, bits_G: NDArray[np.uint16], group_B: Places, exponent: int, step_L: Bytes, e4m3_B: Bytes
+) -> None:
+    """Write the bits of the scales of groups in a row; 1 for zeros."""
+    for b in range(e4m3_B.shape[0]):
+        lane = lane_B[b]
+        shift = (u64(bits_G[group_B[b]] >> u32(7)) - u64(exponent)) * u64(8)
+        has_codes = lane // _LANES % _KINDS != u64(0)
+        e4m3_B[b] = u8(u64(step_L[lane]) + (shift if has_codes else u64(0)))
+
+
+@inner
+def _are_between(bits_G: NDArray[np.uint16], lowest: int, highest: int) -> bool:
+    """Whether the exponents of all scales of a row are in a range."""
+    outside = u64(0)
+    for g in range(bits_G.shape[0]):
+        exponent = i64(bits_G[g] >> u32(7))
+        outside += u64(exponent < lowest or exponent > highest)
+    return bool(outside == u64(0))
+
+
+@inner
+def _without_result(
     lane_B: Words,
     bits_G: NDArray[np.uint16],
     group_B: Places,
     exponent: int,
     above: int,
     first_S: Bytes,
-    step_L: Bytes,
     e4m3_B: Bytes,
 ) -> None:
-    """Write the bits of the scales of groups in a row: 1 for zeros, and 0 for groups without a result."""
+    """Write 0 for the groups of a row that would have tried a scale that is no normal number of E4M3."""
     for b in range(e4m3_B.shape[0]):
-        lane, shift = lane_B[b], i64(bits_G[group_B[b]] >> u32(7)) * 8 - 8 * exponent
-        slot = lane // _LANES
-        has_codes = u64(slot % _KINDS != u64(0))
-        has_result = u64(u64(i64(first_S[slot]) + shift - 8) <= u64(118 - above))
-        e4m3_B[b] = u8((u64(step_L[lane]) + u64(shift) * has_codes) * (has_result | (has_codes ^ u64(1))))
+        slot, shift = lane_B[b] // _LANES, 8 * (i64(bits_G[group_B[b]] >> u32(7)) - exponent)
+        first, has_codes = i64(first_S[slot]) + shift, slot % _KINDS != u64(0)
+        if has_codes and (first < 8 or first + above > 126):
+            e4m3_B[b] = u8(0)

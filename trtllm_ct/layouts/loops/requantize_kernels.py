@@ -79,7 +79,7 @@ def _row_of_blocks(
     powers_of_two: bool,  # noqa: FBT001 (numba has no keywords)
     numbers: int,
     width: int,
-    buffers: tuple[Floats, NDArray[np.uint32], NDArray[np.float64], Floats],
+    buffers: tuple[Floats, NDArray[np.uint32], NDArray[np.float64], Floats, Floats],
     codes_OI: Bytes,
     scale_G: Floats,
 ) -> None:
