@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 __all__ = [
+    "PEAKS",
     "candidate_scales",
     "e2m1_with_e4m3_scales",
     "e2m1_with_exponents",
@@ -36,6 +37,7 @@ _INFINITY, _LEAST_NORMAL, _SEEMS_EXACT = f32(np.inf), f32(2.0**-100), f32(2e-5)
 _VALUES = [[1.0, -7.0, 0.0, 3.0], [0.3, 0.0, -0.0, 900.0]]
 _LANES = [[0.0] * 2] * 2
 PEAKS = [448.0, 256.0, *(float(peak) for peak in range(300, 432, 6))]
+"""Peaks for examples: as many as are treated at once."""
 
 
 @kernel(
