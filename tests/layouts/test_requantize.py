@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,10 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from trtllm_ct.layouts import requantize
-from trtllm_ct.layouts.requantize import LARGEST_OF_NVFP4, to_e2m1_exponents, to_e2m1_groups, to_e4m3_blocks
+from trtllm_ct.layouts.loops.lanes import SCALES_AT_ONCE
+from trtllm_ct.layouts.requantize import (
+    LARGEST_OF_NVFP4,
+    block_peaks,
+    to_e2m1_exponents,
+    to_e2m1_groups,
+    to_e4m3_blocks,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -108,6 +115,25 @@ class TestRounding:
         assert e2m1_values(pairs, np.ones((1, 1)))[0, :8].tolist() == [6, 0, 1, 1, 2, 2, 4, 4]
 
 
+@pytest.mark.parametrize("powers_of_two", [False, True])
+def test_candidates_of_e4m3_blocks_fill_whole_registers(*, powers_of_two: bool) -> None:
+    """The loops read and write so many at once."""
+    peaks, _ = block_peaks(powers_of_two=powers_of_two)
+
+    assert len(peaks) == 1 or len(peaks) % SCALES_AT_ONCE == 0
+
+
+@pytest.mark.parametrize(
+    "function", [to_e4m3_blocks, partial(to_e2m1_groups, group_size=16, global_scale=GLOBAL), to_e2m1_exponents]
+)
+def test_weights_without_rows_stay_empty(
+    function: Callable[[NDArray[np.float32]], tuple[NDArray[np.uint8], Any]],
+) -> None:
+    codes, scales = function(np.zeros((0, 64), np.float32))
+
+    assert codes.shape[0] == scales.shape[0] == 0
+
+
 class TestOptimality:
     """No scale that the format has is better, by trying them all on small blocks."""
 
@@ -122,6 +148,24 @@ class TestOptimality:
             group = slice(16 * g, 16 * g + 16)
             best = least_error(values[row, group], E2M1, POSITIVE_E4M3 * GLOBAL)
             assert squared(values[row, group], result[row, group]) <= best * (1 + 1e-5) + 1e-18
+
+    @pytest.mark.parametrize("middle", range(10))
+    @pytest.mark.parametrize("loops", [False, True], ids=["numpy", "loops"])
+    def test_no_e4m3_scale_is_better_where_a_sixth_of_a_group_is_subnormal(self, middle: int, loops: bool) -> None:
+        """Scales have few mantissas there: the best one may be three times as large, and then its codes are small."""
+        random = np.random.default_rng(middle)
+        unit, rows = 2.0**-9 * GLOBAL, 5000 if loops else 300
+        largest = 6 * unit * random.uniform(max(middle - 0.5, 0.01), middle + 0.5, (rows, 1))
+        integers = random.integers(-12, 13, (rows, 16)) * random.integers(1, 16, (rows, 1)) * unit / 4
+        values = np.where(random.random((rows, 1)) < 0.5, integers, random.normal(0, 1, (rows, 16)) * largest)
+        values = (values * largest / np.abs(values).max(1, keepdims=True).clip(unit / 8)).astype(np.float32)
+        values[::3] = np.rint(values[::3] / (unit / 2)) * (unit / 2)
+
+        pairs, scale = to_e2m1_groups(values, 16, GLOBAL)
+
+        error = np.square(values.astype(np.float64) - e2m1_values(pairs, E4M3[scale] * GLOBAL)).sum(1)
+        for row in range(0, rows, rows // 300):
+            assert error[row] <= least_error(values[row], E2M1, POSITIVE_E4M3 * GLOBAL) * (1 + 1e-5)
 
     @given(arrays(np.float32, (1, 16), elements=st.floats(-2, 2, width=32)))
     @settings(max_examples=200, deadline=None)

@@ -193,7 +193,8 @@ def test_every_mantissa_and_every_largest_magnitude(with_zeros: bool) -> None:
     most, limit_of_scales = 15 if with_zeros else 8, largest_scale(with_zeros=with_zeros)
     mantissas, largest = np.meshgrid(np.arange(128), np.arange(most + 1), indexing="ij")
     random, limit = np.random.default_rng(0), largest.ravel()[:, None]
-    for exponent in (-14, -12, -10, -7, -3, 0):
+    # Rows with exponents from -11 to -3 have normal candidates only, whatever their magnitudes are.
+    for exponent in (-14, -12, -11, -7, -3, -2, 0):
         scale = ((1 + mantissas.ravel() / 128) * 2.0**exponent)[:, None].clip(0, limit_of_scales)
         # A zero point that leaves room for the largest magnitude below it or above it.
         below = random.integers(0, 2, limit.shape).astype(bool)
@@ -299,7 +300,10 @@ def test_eight_candidates_are_enough_for_any_group(largest: int, step: int) -> N
 
 @pytest.mark.parametrize("largest", range(1, 16))
 def test_integers_are_the_errors_of_groups_with_zero_points(largest: int) -> None:
-    """The least integer is that of the scale with the least error of all eleven, and sums have room for its number."""
+    """The least integer is that of the scale with the least error of all eleven.
+
+    28 bits hold all of them: the number of a candidate fits below.
+    """
     tables, random = nvfp4_tables(GLOBAL), np.random.default_rng(largest)
     lanes = 8 if largest <= 8 else 12
     for mantissa in range(0, 128, 3):

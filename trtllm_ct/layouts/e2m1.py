@@ -39,7 +39,8 @@ def pairs_of_codes(values: Floats, scale: Floats) -> Bytes:
 
     numbers = values * (np.float32(1) / scale[..., None])
     sign = np.signbit(numbers).astype(np.uint8) * np.uint8(8)
-    fields = (nearest(np.abs(numbers), _numbers()) | sign).reshape(values.shape[0], -1)
+    rows, groups, width = values.shape
+    fields = (nearest(np.abs(numbers), _numbers()) | sign).reshape(rows, groups * width)
     return fields[:, 0::2] | fields[:, 1::2] * np.uint8(16)
 
 

@@ -10,8 +10,9 @@ ties to even. The first of several candidates with the same error is taken.
   Some engines round scales up to powers of two while they load weights. With `powers_of_two`, the scale is the smallest
   power with which the largest magnitude is at most 448: such an engine changes no value then.
 - E2M1 with an E4M3 scale for a group and a global scale (NVFP4): the candidates are all numbers of E4M3 around a sixth
-  of the largest magnitude, far enough that none beyond has less error. With a scale that is too small for it the
-  largest magnitude becomes 6.
+  of the largest magnitude, far enough that none beyond has less error. If that is subnormal, they are all subnormal
+  numbers and the first binade of others: that has all mantissas, and a scale of twice as much has no number up to the
+  largest magnitude that it has not. With a scale that is too small for it the largest magnitude becomes 6.
 - E2M1 with a power of two for a group (MXFP4): the smallest power with which the largest magnitude is at most 6, and
   half of it. Twice as much has no number that it has not.
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LARGEST_OF_NVFP4",
+    "NVFP4_CANDIDATES",
     "block_peaks",
     "mxfp4_scales",
     "mxfp4_upper_exponents",
@@ -56,11 +58,16 @@ _NUMBERS = (448, 416, 384, 352, 320, 288, 256, 240)
 _BETWEEN = tuple(448 * 2 ** (-step / 64) for step in range(1, 65))
 """What the largest magnitude of a block of E4M3 may become: numbers of E4M3, and steps of one percent.
 
-The last step is 448 again, a factor of two below; with it, candidates fill whole SIMD registers.
+The last step is 448 again, a factor of two below; with it, candidates fill the registers of `SCALES_AT_ONCE`.
 """
 
 _BELOW, _ABOVE = 3, 7
 """How many numbers of E4M3 are tried as scales, below and above the nearest to a sixth of the largest magnitude."""
+
+NVFP4_CANDIDATES = _BELOW + _ABOVE + 1
+
+_SUBNORMAL, _FIRST_BINADE = 8, 16
+"""The bits of numbers of E4M3 before which they are subnormal, and before which they have the smallest exponent."""
 
 _LEAST_SCALE = 2.0**-100
 """The smallest scale of float32 and of powers of two, so that its inverse is finite."""
@@ -103,7 +110,7 @@ def to_e2m1_groups(values_OI: Floats, group_size: int, global_scale: float) -> t
 
     if values_OI.size >= _MIN_VALUES:
         return _groups_by_loop(values_OI, group_size, global_scale)
-    values = values_OI.reshape(values_OI.shape[0], -1, group_size)
+    values = _groups(values_OI, group_size)
     candidates = nvfp4_candidates(np.abs(values).max(-1), global_scale)
     steps = nvfp4_scales(candidates, global_scale)
     best, least = candidates[0], np.full(candidates.shape[1:], np.inf, np.float32)
@@ -116,15 +123,17 @@ def to_e2m1_groups(values_OI: Floats, group_size: int, global_scale: float) -> t
 def nvfp4_candidates(largest: Floats, global_scale: float) -> Bytes:
     """Return the bits of the E4M3 scales to try for groups with these largest magnitudes, uint8 [candidates, ...].
 
-    They are ascending; the last ones are equal where numbers beyond 448 would be tried.
+    They are ascending; the last ones are equal where numbers beyond 448 would be tried, and the last four of groups
+    that have only `NVFP4_CANDIDATES`.
     """
     import numpy as np
 
     sixth = largest / np.float32(6)
     middle = _e4m3_codes(sixth * np.float32(1 / global_scale)).astype(np.int64)
-    first = np.clip(middle - _BELOW, 1, _E4M3_CODES - 1)
-    tried = first + np.arange(_BELOW + _ABOVE + 1).reshape(-1, *[1] * first.ndim)
-    candidates: Bytes = np.minimum(tried, _E4M3_CODES - 1).astype(np.uint8)
+    first = np.where(middle < _SUBNORMAL, 1, middle - _BELOW)
+    last = np.clip(middle + _ABOVE, _FIRST_BINADE - 1, _E4M3_CODES - 1)
+    tried = first + np.arange(_FIRST_BINADE - 1).reshape(-1, *[1] * first.ndim)
+    candidates: Bytes = np.minimum(tried, last).astype(np.uint8)
     return candidates
 
 
@@ -146,11 +155,17 @@ def to_e2m1_exponents(values_OI: Floats, group_size: int = 32) -> tuple[Bytes, B
 
     if values_OI.size >= _MIN_VALUES:
         return _exponents_by_loop(values_OI, group_size)
-    values = values_OI.reshape(values_OI.shape[0], -1, group_size)
+    values = _groups(values_OI, group_size)
     upper = mxfp4_upper_exponents(np.abs(values).max(-1))
     whole, halved = (squared_errors(values, mxfp4_scales(upper - less)) for less in (0, 1))
     best = np.where(halved < whole, upper - 1, upper)
     return pairs_of_codes(values, mxfp4_scales(best)), best.astype(np.uint8)
+
+
+def _groups(values_OI: Floats, group_size: int) -> Floats:
+    """Return the groups of columns of a weight, [N, G, group_size]."""
+    rows, columns = values_OI.shape
+    return values_OI.reshape(rows, columns // group_size, group_size)
 
 
 def mxfp4_upper_exponents(largest: Floats) -> NDArray[np.int64]:
@@ -284,7 +299,7 @@ def _groups_by_loop(values_OI: Floats, group_size: int, global_scale: float) -> 
     from trtllm_ct.layouts.loops import requantize_kernels
 
     values, numbers, fields, codes, scales = _buffers(values_OI, group_size)
-    reach = (_BELOW, _ABOVE)
+    reach = (_BELOW, _ABOVE, _SUBNORMAL, _FIRST_BINADE - 1)
     requantize_kernels.e2m1_with_e4m3_scales(values_OI, global_scale, reach, values, numbers, fields, codes, scales)
     return codes, scales
 

@@ -183,8 +183,7 @@ def int4_to_e4m3_blocks(
         *(*kernels.number_tables(), *e4m3_tables()),
         *(np.empty((*runs, 2), np.uint64), empty((MANTISSAS, 2, 8), DType.F64)),
         *(np.empty(512), empty((3, len(peaks)), DType.F32), empty((2, MANTISSAS), DType.F32)),
-        np.empty((row // run, WORD), np.uint8),
-        *(e4m3_OBI, scale_YX),
+        *(np.empty((row // run, WORD), np.uint8), e4m3_OBI, scale_YX),
     )
     kernels.e4m3_blocks(*arguments)
     return e4m3_OBI.reshape(rows, row * WORD), scale_YX

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from trtllm_ct.base.dtypes import DType
 from trtllm_ct.layouts.e2m1 import pairs_of_codes, squared_errors
 from trtllm_ct.layouts.loops.huge_pages import empty
-from trtllm_ct.layouts.requantize import mxfp4_scales, mxfp4_upper_exponents, nvfp4_candidates, nvfp4_scales
+from trtllm_ct.layouts.requantize import (
+    NVFP4_CANDIDATES,
+    mxfp4_scales,
+    mxfp4_upper_exponents,
+    nvfp4_candidates,
+    nvfp4_scales,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,8 +52,8 @@ SYMMETRIC = 8
 _MAGNITUDES = 16
 """The magnitudes of numbers, from 0 on."""
 
-_LANES, _MORE_LANES, _COMPARED = 8, 16, 12
-"""The lanes of groups whose magnitudes are at most 8, those of others, and how many of the latter are compared."""
+_LANES, _MORE_LANES = 8, 16
+"""The lanes of groups whose magnitudes are at most 8, and those of others, of which the last four are not compared."""
 
 _NEVER = 1e30
 """The error of a lane without a candidate: larger than any, and finite, since it is multiplied by 0 too."""
@@ -101,8 +107,8 @@ class Nvfp4Tables(NamedTuple):
     """The tables of NVFP4 for numbers of at most 15.
 
     `exponents` are the biased exponent of the scales that the tables are for, and the lowest and the highest one with
-    which all candidates of all kinds are normal numbers of E4M3. `first` are the bits of the first candidate of a kind,
-    uint8 [S]; `above` is the number of those after it.
+    which all candidates are normal numbers of E4M3, whatever the largest magnitude is, but for groups of zeros. `first`
+    are the bits of the first candidate of a kind, uint8 [S]; `above` is the number of those after it.
     The candidates that may be the best are in sixteen lanes for each kind: at most eight where no magnitude is above 8,
     else twelve. `steps` are their bits, uint8 [S * 16], and `places` those of their records, uint16 [S * 16].
     Candidates with the same E2M1 codes have the same record; `records`, uint8 [R * 64], have by magnitude the product
@@ -156,7 +162,10 @@ def _factors(scale_S: Floats, steps_SL: Floats) -> NDArray[np.float64]:
 
 
 def _normal_exponents(exponent: int, bits_CS: Bytes) -> tuple[int, int, int]:
-    """Return the exponent of tables, and the range of those with which their candidates are normal numbers of E4M3."""
+    """Return the exponent of tables, and the range of those with which candidates are normal numbers of E4M3.
+
+    `bits_CS` are the bits of candidates of all kinds but those of zeros.
+    """
     lowest, highest = int(bits_CS.min()), int(bits_CS.max())
     return exponent, exponent - (lowest - 8) // 8, exponent + (126 - highest) // 8
 
@@ -176,18 +185,15 @@ def _kinds(global_scale: float, largest: int) -> tuple[Floats, NDArray[np.int64]
 
     scale_S = np.repeat(_scales(table_exponent(global_scale)), largest + 1)
     largest_S = np.tile(np.arange(largest + 1), MANTISSAS)
-    return scale_S, largest_S, nvfp4_candidates(scale_S * largest_S.astype(np.float32), global_scale)
+    candidates = nvfp4_candidates(scale_S * largest_S.astype(np.float32), global_scale)
+    return scale_S, largest_S, candidates[:NVFP4_CANDIDATES]
 
 
 def _lanes_of_kinds(scale_S: Floats, largest_S: NDArray[np.int64], steps_SC: Floats) -> NDArray[np.intp]:
-    """Return the candidates in the lanes of each kind, [S, 16].
-
-    Lanes without a candidate repeat the first one. The last four repeat those before them.
-    """
+    """Return the candidates in the lanes of each kind, [S, 16]; lanes without a candidate repeat the first one."""
     import numpy as np
 
     lane = np.arange(_MORE_LANES)
-    lane = np.where(lane < _COMPARED, lane, lane - (_MORE_LANES - _COMPARED))
     lane_SL = np.tile(np.where(lane < steps_SC.shape[1], lane, 0), (len(scale_S), 1))
     of = largest_S <= SYMMETRIC
     order_SC, count_S = _best_first(_errors(scale_S[of], steps_SC[of], SYMMETRIC), largest_S[of])

@@ -153,20 +153,21 @@ def add_e2m1_errors(build: Any, value_G: Any, groups: Any, scale_G: Any, inverse
 
 
 @operation("void")
-def add_e4m3_estimates(build: Any, middle_B: Any, weight_B: Any, inverse_C: Any, error_C: Any) -> Any:
-    """Add the weighted squared errors of sixteen numbers, rounded to E4M3 with 24 scales each, to float32 [24].
+def add_e4m3_estimates(build: Any, number_M: Any, weight_M: Any, inverse_C: Any, error_C: Any) -> None:
+    """Add the weighted squared errors of numbers, rounded to E4M3 with each of 24 scales, to `error_C`, float32 [24].
 
-    The numbers times the inverses of scales are normal. Errors are added one number after the other.
+    `number_M` and `weight_M`, float32 [16], are the numbers and the weights of their errors, `inverse_C`, float32 [24],
+    the inverses of scales. Numbers times these are normal. Errors are added one number after the other.
     """
     firsts = range(0, SCALES_AT_ONCE, LANES)
     inverses = [build.load(_at(build, inverse_C, "float", c), align=4) for c in firsts]
     totals = [build.load(_at(build, error_C, "float", c), align=4) for c in firsts]
     for b in range(AT_ONCE):
-        middle, weight = (
-            _spread(build, build.load(build.gep(each, [_number(64, b)]), align=4)) for each in (middle_B, weight_B)
+        value, weight = (
+            _spread(build, build.load(build.gep(each, [_number(64, b)]), align=4)) for each in (number_M, weight_M)
         )
         for v, inverse in enumerate(inverses):
-            number = build.fmul(middle, inverse)
+            number = build.fmul(value, inverse)
             # Where two numbers of E4M3 are equally near, either will do: the error is the same.
             bits = build.add(build.bitcast(number, _vector("i32", LANES)), _constants("i32", [0x80000] * LANES))
             nearest = build.bitcast(build.and_(bits, _constants("i32", [0xFFF00000] * LANES)), number.type)
@@ -191,8 +192,9 @@ def least_of_eight(
 
     `number_X` has from `place` on the magnitudes, uint8, up to 15. `record_C` has from `first` on the places of the
     candidates' records in `record_X`. A record has two tables of sixteen bytes, by magnitude. The error of a candidate
-    is the sum of both tables' sums times its factors, between -2^27 and 2^27. `factor_X`, int16, has the factors of
-    four candidates from four times `first` on: each twice, those of the first table and then those of the other one.
+    is the sum of both tables' sums times its factors, between -2^27 and 2^27. `factor_X`, int16, has from four times
+    `first` on sixteen numbers for each four candidates: their factors for the first table's sums, then those for the
+    other one's. Each is there twice, for the sums of the first eight magnitudes and of the others.
     """
     one, other = (_products_of_four(build, number_X, place, record_C, first, c, record_X, factor_X) for c in (0, 4))
     return _least_of(build, _errors_of_eight(build, one, other))
@@ -206,17 +208,14 @@ def least_of_twelve(
     one, other, last = (
         _products_of_four(build, number_X, place, record_C, first, c, record_X, factor_X) for c in (0, 4, 8)
     )
-    return _least_of(build, _errors_of_eight(build, one, other), _numbered(build, _halves_added(build, last), 8))
+    of_last = build.add(_lanes(build, last, range(4)), _lanes(build, last, range(4, 8)))
+    return _least_of(build, _errors_of_eight(build, one, other), _numbered(build, of_last, 8))
 
 
 def _errors_of_eight(build: Any, one: Any, other: Any) -> Any:
-    """Return what `_numbered` does of the products of eight candidates."""
-    low, high = (_shuffled(build, one, other, [*range(at, at + 4), *range(at + 8, at + 12)]) for at in (0, 4))
-    return _numbered(build, build.add(low, high), 0)
-
-
-def _halves_added(build: Any, products: Any) -> Any:
-    return build.add(_lanes(build, products, range(4)), _lanes(build, products, range(4, 8)))
+    """Return the numbered errors of eight candidates, by the products of four and of four others."""
+    first, second = (_shuffled(build, one, other, [*range(at, at + 4), *range(at + 8, at + 12)]) for at in (0, 4))
+    return _numbered(build, build.add(first, second), 0)
 
 
 def _numbered(build: Any, errors: Any, first: int) -> Any:
@@ -238,13 +237,18 @@ def _least_of(build: Any, errors: Any, more: Any = None) -> Any:
 
 
 def _smaller(build: Any, one: Any, other: Any) -> Any:
+    """Return the smaller one of two signed integers in each lane."""
     return build.select(build.icmp_signed("<", one, other), one, other)
 
 
 def _products_of_four(
     build: Any, number_X: Any, place: Any, record_C: Any, first: Any, more: int, record_X: Any, factor_X: Any
 ) -> Any:
-    """Return the sums of the first tables of four records times their factors, then those of the other tables."""
+    """Return eight products: the sums of the first tables of four records times their factors, then of the others.
+
+    A register holds sixteen numbers of 16 bits. Those of one candidate are its four sums, each followed by three zeros:
+    of the first table for the first eight magnitudes and for the others, then of the other table.
+    """
     magnitudes, sums = _sixteen_bytes(build, build.gep(number_X, [place])), []
     magnitudes = _lanes(build, magnitudes, [*range(16), *range(16)])
     for c in range(4):
@@ -253,14 +257,14 @@ def _products_of_four(
         tables = build.load(_at(build, record, "i8", lanes=32), align=1)
         of_halves = _sums_of_bytes(build, _looked_up_in_both(build, tables, magnitudes))
         sums.append(build.bitcast(of_halves, _vector("i16", 16)))
-    while len(sums) > 1:  # numbers of 16 bits move together: of two candidates at first, then of four
+    while len(sums) > 1:  # two candidates have one zero after each sum, four have none
         sums = [_even_lanes(build, one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
     start = build.gep(factor_X, [build.shl(build.add(first, _number(64, more)), _number(64, 2))])
     return _sums_of_pairs(build, sums[0], build.load(_at(build, start, "i16", lanes=16), align=2))
 
 
 def _even_lanes(build: Any, one: Any, other: Any) -> Any:
-    """Return the even lanes of two vectors of sixteen; those of their lower halves are in the lower half."""
+    """Return the even lanes of two vectors of sixteen: of both first halves, then of both others."""
     lanes = [first + c for half in (0, 8) for first in (half, half + 16) for c in range(0, 8, 2)]
     return _shuffled(build, one, other, lanes)
 

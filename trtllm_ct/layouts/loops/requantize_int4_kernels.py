@@ -224,7 +224,7 @@ def e4m3_blocks(
     sum_SHM: NDArray[np.float64],
     squares: NDArray[np.float64],
     candidates_3C: Floats,
-    bins_2B: Floats,
+    bins: Floats,
     map_RI: Bytes,
     e4m3_OBI: Bytes,
     scale_YX: Floats,
@@ -234,9 +234,9 @@ def e4m3_blocks(
     `bits_OG` are the bits of positive bfloat16 scales. A run is a number of words, at most eight, that have the same
     scale and are in the same block: `group_R` are the scales of runs, and `run_B` the runs of words. `sizes` are the
     words of a run, the runs of a block, its rows, and 1 if no magnitude is above 8, else 2. The tables have the squares
-    of magnitudes times each mantissa of a scale, and the seven highest bits of their mantissas. `peaks`, `numbers` and
-    `powers_of_two` are as in `requantize_kernels.e4m3_blocks`. `histogram_OR2` (of the runs in a row of blocks),
-    `sum_SHM`, `squares`, `candidates_3C`, `bins_2B` and `map_RI` are buffers.
+    of odd magnitudes times each mantissa of a scale, and the seven highest bits of their mantissas. `peaks`, `numbers`
+    and `powers_of_two` are as in `requantize_kernels.e4m3_blocks`. `histogram_OR2` (of the runs in a row of blocks),
+    `sum_SHM`, `squares`, `candidates_3C`, `bins` and `map_RI` are buffers.
     """
     run, width, height, halves = sizes
     for y in range(scale_YX.shape[0]):
@@ -253,7 +253,7 @@ def e4m3_blocks(
             largest = _sums_of_block(histograms, bits, group_R, runs, sum_SHM)
             _squares_of_sums(halves, square_SM, bin_SM, sum_SHM, squares)
             candidate_scales(largest, peaks, powers_of_two, candidates_3C[0])
-            best, exact = finalists(numbers, squares, candidates_3C, bins_2B)
+            best, exact = finalists(numbers, squares, candidates_3C, bins)
             scale_YX[y, x] = _better_scale(
                 histograms, bits, group_R, runs, candidates_3C[0, best], candidates_3C[0, exact]
             )
@@ -362,7 +362,7 @@ def _squares_of_sums(
     """Write the sums of the squares of a block's values by the seven highest bits of their mantissas.
 
     A magnitude and its double have the same mantissa, so the sums of odd magnitudes include those of their multiples by
-    powers of two. Four of them have sums of squares of their own: an addition need not wait for the one before.
+    powers of two. Odd magnitudes take turns at four arrays of sums: an addition need not wait for the one before.
     """
     for i in range(squares.shape[0]):
         squares[i] = 0.0

@@ -54,7 +54,7 @@ def e4m3_blocks(
     words_L: NDArray[np.uint32],
     squares: NDArray[np.float64],
     candidates_3C: Floats,
-    bins_2B: Floats,
+    bins: Floats,
     codes_OI: Bytes,
     scale_XG: Floats,
 ) -> None:
@@ -62,11 +62,11 @@ def e4m3_blocks(
 
     `peaks` are what the largest magnitude of a block may become; the first `numbers` of them are numbers of E4M3. With
     `powers_of_two`, scales are rounded up to one.
-    `lanes_L` and `words_L` (the columns of a block), `squares` (512), `candidates_3C` and `bins_2B` are buffers;
-    the number of candidates is 1 or a multiple of 24.
+    `lanes_L` and `words_L` (the columns of a block), `squares` (512), `candidates_3C` and `bins` ([2, 128]) are
+    buffers. The number of candidates is 1, or a multiple of `SCALES_AT_ONCE`.
     """
     height, width = block
-    buffers = (lanes_L, words_L, squares, candidates_3C, bins_2B)
+    buffers = (lanes_L, words_L, squares, candidates_3C, bins)
     for x in range(scale_XG.shape[0]):
         begin, end = x * height, min((x + 1) * height, values_OI.shape[0])
         _row_of_blocks(
@@ -86,7 +86,7 @@ def _row_of_blocks(
     scale_G: Floats,
 ) -> None:
     """Quantize one row of blocks; the arguments are those of `e4m3_blocks`."""
-    lanes_L, words_L, squares, candidates_3C, bins_2B = buffers
+    lanes_L, words_L, squares, candidates_3C, bins = buffers
     columns = values_OI.shape[1]
     for g in range(scale_G.shape[0]):
         begin, end = g * width, min((g + 1) * width, columns)
@@ -94,7 +94,7 @@ def _row_of_blocks(
         largest = _largest_of_block(values_OI, begin, words)
         candidate_scales(largest, peaks, powers_of_two, candidates_3C[0])
         _squares_by_mantissa(values_OI, begin, end, squares)
-        best, exact = finalists(numbers, squares, candidates_3C, bins_2B)
+        best, exact = finalists(numbers, squares, candidates_3C, bins)
         scale = candidates_3C[0, best]
         if exact != best:
             of_exact = _e4m3_error(values_OI, begin, candidates_3C[0, exact], lanes)
@@ -140,10 +140,12 @@ def _squares_by_mantissa(values_OI: Floats, begin: int, end: int, squares: NDArr
 
 
 @inner
-def finalists(numbers: int, squares: NDArray[np.float64], candidates_3C: Floats, bins_2B: Floats) -> tuple[int, int]:
+def finalists(numbers: int, squares: NDArray[np.float64], candidates_3C: Floats, bins: Floats) -> tuple[int, int]:
     """Return the candidate with the least error of a block, and one that may be exact, or the same again.
 
-    Errors are estimated from the sums of squares. The first `numbers` scales may be exact.
+    Errors are estimated from the sums of squares. The first `numbers` scales may be exact. A single candidate is both;
+    of several there is a multiple of `SCALES_AT_ONCE`.
+    `bins` is a buffer: the number in the middle of each bin of mantissas, and the weight of its squared error.
     """
     scales, errors, inverses = candidates_3C[0], candidates_3C[1], candidates_3C[2]
     if scales.shape[0] == 1:
@@ -152,17 +154,17 @@ def finalists(numbers: int, squares: NDArray[np.float64], candidates_3C: Floats,
     for c in range(scales.shape[0]):
         inverses[c] = f32(1) / _mantissa(scales[c])
         errors[c] = f32(0)
-    middle_B, weight_B = bins_2B[0], bins_2B[1]
+    middles, weights = bins[0], bins[1]
     for b in range(128):
-        middle_B[b] = f32(f32(1.00390625) + f32(f32(b) * f32(0.0078125)))
-        weight_B[b] = f32(squares[b] + squares[b + 128] + squares[b + 256] + squares[b + 384])
+        middles[b] = f32(f32(1.00390625) + f32(f32(b) * f32(0.0078125)))
+        weights[b] = f32(squares[b] + squares[b + 128] + squares[b + 256] + squares[b + 384])
     for b in range(128):
-        total += weight_B[b]
+        total += weights[b]
     for b in range(128):
-        weight_B[b] = f32(weight_B[b] / f32(middle_B[b] * middle_B[b]))
+        weights[b] = f32(weights[b] / f32(middles[b] * middles[b]))
     for b in range(0, 128, 16):
         for c in range(0, errors.shape[0], SCALES_AT_ONCE):
-            add_e4m3_estimates(middle_B[b:], weight_B[b:], inverses[c:], errors[c:])
+            add_e4m3_estimates(middles[b:], weights[b:], inverses[c:], errors[c:])
     for c in range(scales.shape[0]):
         mantissa = _mantissa(scales[c])
         errors[c] = f32(errors[c] * f32(mantissa * mantissa))
@@ -248,11 +250,11 @@ def e4m3_code(value: np.float32, inverse: np.float32) -> np.uint32:
     return u32((normal if magnitude >= u32(0x3C800000) else subnormal) | u32(u32(bits >> u32(24)) & u32(0x80)))
 
 
-@kernel(_VALUES, 1.0, (1, 1), _LANES, [[0.0] * 2] * 4, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2)
+@kernel(_VALUES, 1.0, (3, 7, 8, 15), _LANES, [[0.0] * 2] * 4, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2)
 def e2m1_with_e4m3_scales(
     values_OI: Floats,
     global_scale: float,
-    reach: tuple[int, int],
+    reach: tuple[int, int, int, int],
     values_LG: Floats,
     numbers_XG: Floats,
     fields_LG: NDArray[np.uint32],
@@ -262,34 +264,46 @@ def e2m1_with_e4m3_scales(
     """Quantize [N, K] to pairs of E2M1 codes [N, K/2], with the bits of an E4M3 scale for each group of columns.
 
     The global scale is a power of two. Candidates are the number that is nearest to a sixth of the largest magnitude,
-    `reach[0]` numbers below it and `reach[1]` above. `values_LG`, `numbers_XG` (four rows) and `fields_LG` are buffers.
+    `reach[0]` numbers below it and `reach[1]` above; they are all from 1 to `reach[3]` if it is below `reach[2]`.
+    `values_LG`, `numbers_XG` (four rows) and `fields_LG` are buffers.
     """
-    last, groups, inverse = 126, scale_OG.shape[1], 1 / global_scale
+    below, above, subnormal, end = reach
+    groups, inverse = scale_OG.shape[1], 1 / global_scale
     error_G, least_G, step_G, inverse_G = numbers_XG[0], numbers_XG[1], numbers_XG[2], numbers_XG[3]
     first_G, best_G = fields_LG[0], fields_LG[1]
     for n in range(values_OI.shape[0]):
         scale_G = scale_OG[n]
         _groups_across(values_OI[n], values_LG)
         _largest_of_groups(values_LG, error_G)
+        are_subnormal = u32(0)
         for g in range(groups):
             nearest = e4m3_code(f32(error_G[g] / f32(6)), f32(inverse))
-            first_G[g] = u32(max(u32(nearest), u32(reach[0] + 1)) - u32(reach[0]))
+            is_subnormal = nearest < u32(subnormal)
+            first_G[g] = u32(1) if is_subnormal else u32(nearest - u32(below))
             best_G[g], least_G[g] = first_G[g], _INFINITY
-        for c in range(reach[0] + reach[1] + 1):
+            are_subnormal |= u32(is_subnormal)
+        for c in range(end if are_subnormal else below + above + 1):
             for g in range(groups):
-                step_G[g] = _e4m3_number(min(u32(first_G[g] + u32(c)), u32(last))) * f32(global_scale)
+                step_G[g] = _e4m3_number(_tried(first_G[g], c, reach)) * f32(global_scale)
             _e2m1_errors(values_LG, step_G, inverse_G, error_G)
             # Without a branch: which candidate is better can't be foreseen.
             for g in range(groups):
-                tried = min(u32(first_G[g] + u32(c)), u32(last))
                 better = error_G[g] < least_G[g]
-                best_G[g] = tried if better else best_G[g]
+                best_G[g] = _tried(first_G[g], c, reach) if better else best_G[g]
                 least_G[g] = error_G[g] if better else least_G[g]
         for g in range(groups):
             scale_G[g] = u8(best_G[g])
             inverse_G[g] = f32(1) / (_e4m3_number(best_G[g]) * f32(global_scale))
         _e2m1_fields(values_LG, inverse_G, fields_LG)
         _pack_pairs(fields_LG, codes_OB[n])
+
+
+@inner
+def _tried(first: np.uint32, more: int, reach: tuple[int, int, int, int]) -> np.uint32:
+    """Return the candidate that comes so many after the first one, or the last one; only subnormal ones start at 1."""
+    below, above, _, end = reach
+    last = u32(end) if first == u32(1) else min(u32(first + u32(below + above)), u32(126))
+    return u32(min(u32(first + u32(more)), last))
 
 
 @kernel(_VALUES, _LANES, [[0.0] * 2] * 4, [[0] * 2] * 2, [[0] * 2] * 2, [[0] * 2] * 2)
