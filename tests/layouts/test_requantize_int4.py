@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtllm_ct.layouts import requantize_int4
-from trtllm_ct.layouts.loops import lanes, machine_code, requantize_int4_kernels, requantize_int4_nvfp4_kernels
+from trtllm_ct.layouts.loops import (
+    lanes,
+    machine_code,
+    requantize_int4_kernels,
+    requantize_int4_nvfp4_kernels,
+    vectors,
+)
 from trtllm_ct.layouts.loops.machine_code import kernel
 from trtllm_ct.layouts.requantize import LARGEST_OF_NVFP4, to_e2m1_exponents, to_e2m1_groups, to_e4m3_blocks
 from trtllm_ct.layouts.requantize_int4 import int4_to_e2m1_exponents, int4_to_e2m1_groups, int4_to_e4m3_blocks
@@ -446,7 +452,7 @@ def test_processors_without_an_instruction_for_tables(
     codes, scale = random_codes((130, 256)), np.exp(np.random.default_rng(0).normal(-5, 0.3, (130, 8)))
     monkeypatch.setattr(machine_code, "read_cached", lambda *_: None)
     monkeypatch.setattr(machine_code, "write_cached", lambda *_: None)
-    monkeypatch.setattr(lanes, "_LOOK_UP", {})
+    monkeypatch.setattr(vectors, "_LOOK_UP", {})
     monkeypatch.setattr(lanes, "_has_avx2", lambda: False)
     loop = getattr(module, name)
     monkeypatch.setattr(module, name, kernel(*loop._example)(loop.__wrapped__))

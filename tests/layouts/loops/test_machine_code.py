@@ -251,6 +251,16 @@ class TestArguments:
         assert compiled_loops == ["scaled"]
 
 
+def test_every_file_that_decides_what_an_object_file_holds_is_in_its_stamp() -> None:
+    loop = requantize_int4_nvfp4_kernels.e2m1_with_e4m3_scales.__wrapped__  # type: ignore[attr-defined]
+
+    stamped = {*machine_code._sources(loop), *machine_code._SOURCES}
+
+    own = ["code_cache", "lanes", "machine_code", "vectors"]
+    own += ["requantize_int4_kernels", "requantize_int4_nvfp4_kernels", "requantize_kernels"]
+    assert stamped == {str(Path(machine_code.__file__).with_name(f"{name}.py")) for name in own}
+
+
 class TestDoubt:
     """Machine code that is not as expected is neither used nor kept; numba's own function runs."""
 

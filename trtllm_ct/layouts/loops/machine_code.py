@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 import llvmlite.binding as llvm
 import numpy as np
 
-from trtllm_ct.layouts.loops import code_cache
+from trtllm_ct.layouts.loops import code_cache, vectors
 from trtllm_ct.layouts.loops.code_cache import read_cached, stamp_of, write_cached
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ _WRAPPERS = re.compile(r"^define [^\n]*@(?:cfunc\.|_ZN7cpython)[^\n]*\{\n.*?^\}\
 
 _FUNCTION = re.compile(r"^define (?!linkonce)[^\n@]*@([\w.$]+)\(", re.MULTILINE)
 
-_SOURCES = (__file__, code_cache.__file__)
+_SOURCES = (__file__, code_cache.__file__, vectors.__file__)
 """The files of this package that decide what an object file holds, beside that of the loop."""
 
 _COMPILE_LOCK = threading.RLock()
